@@ -1,0 +1,64 @@
+"""The integer split of a global batch that lets the last worker finish first.
+
+A worker's cost is affine: a_i + c_i k seconds for k samples. A split that is merely proportional to speed overshoots as
+soon as a worker has a fixed cost a_i > 0.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def finish_seconds(fixed: Floats, per_sample: Floats, shares: Sequence[int] | Ints) -> float:
+    """When the last worker is done, in seconds; all arrays have shape (workers,)."""
+    return float(np.max(fixed + per_sample * np.asarray(shares, dtype=np.float64)))
+
+
+def min_max_split(fixed: Floats, per_sample: Floats, total: int, lower: Ints, upper: Ints) -> Ints:
+    """The integer shares in [lower, upper] that sum to `total` and finish earliest.
+
+    Water-filling gives the real-valued optimum, which never exceeds the integer one in any worker; from its floor, each
+    left-over sample goes to whoever finishes first with it. Both together are exact, in O(n log n).
+
+    Args:
+        fixed: a_i >= 0, seconds, shape (workers,).
+        per_sample: c_i > 0, seconds per sample, shape (workers,).
+        total: the global batch.
+        lower: smallest allowed share per worker.
+        upper: largest allowed share per worker.
+
+    Raises:
+        ValueError: no split within the bounds sums to `total`.
+    """
+    if not lower.sum() <= total <= upper.sum():
+        raise ValueError(f"no split of {total} samples lies between {lower.sum()} and {upper.sum()}")
+    # As the water level (the finish time) rises, a worker takes 1/c_i samples a second between its two breakpoints.
+    levels = np.concatenate([fixed + per_sample * lower, fixed + per_sample * upper])
+    slopes = np.concatenate([1.0 / per_sample, -1.0 / per_sample])
+    order = np.argsort(levels, kind="stable")
+    levels, slopes = levels[order], np.cumsum(slopes[order])
+    filled = lower.sum() + np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(levels))])
+    at = int(np.searchsorted(filled, total, side="right")) - 1
+    level = levels[at] + ((total - filled[at]) / slopes[at] if at < len(levels) - 1 and slopes[at] > 0 else 0.0)
+    # The tiny step down keeps rounding errors from lifting a share above its real-valued optimum.
+    ideal = (level - fixed) / per_sample
+    shares = np.clip(np.floor(ideal - 1e-9 * (1.0 + np.abs(ideal))), lower, upper).astype(np.int64)
+    heap = [
+        (float(fixed[i] + per_sample[i] * (shares[i] + 1)), i) for i in range(len(shares)) if shares[i] < upper[i]
+    ]
+    heapq.heapify(heap)
+    for _ in range(total - int(shares.sum())):
+        _, i = heap[0]
+        shares[i] += 1
+        if shares[i] < upper[i]:
+            heapq.heapreplace(heap, (float(fixed[i] + per_sample[i] * (shares[i] + 1)), i))
+        else:
+            heapq.heappop(heap)
+    return shares

@@ -1,0 +1,272 @@
+"""Every message that crosses a process or a file: frozen structs, told apart by their "type" field.
+
+Times are seconds, moments are Unix times, ranks are global. On the socket a message is msgpack behind a 4-byte
+big-endian length; in the run log it is one line of JSON. A field is only ever added, with a default, so that an older log
+stays readable; anything else raises SCHEMA_VERSION.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_REPORTS = 4096
+
+Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
+Positive = Annotated[int, Meta(ge=1, lt=1 << 40)]
+Seconds = Annotated[float, Meta(ge=0.0, lt=1e9)]
+Text = Annotated[str, Meta(max_length=2000)]
+
+
+def apportion(weights: Sequence[int], total: int) -> list[int]:
+    """Cut `total` samples in proportion to `weights`: at least one each, largest remainders first, lower rank on a tie.
+
+    Raises:
+        ValueError: there are fewer samples than workers.
+    """
+    if total < len(weights):
+        raise ValueError(f"{total} samples cannot be cut among {len(weights)} workers")
+    whole, spare = sum(weights), total - len(weights)
+    shares = [1 + spare * weight // whole for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: -(spare * weights[i] % whole))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type"):
+    """Base of all messages."""
+
+
+# --- worker -> hub ---------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """A worker's first message."""
+
+    rank: Rank
+    local_rank: Rank
+    world_size: Positive
+    num_nodes: Positive
+    attempt: Count
+    pid: Positive
+    host: Text
+    device: Text
+    torch: Text
+
+
+class Step(Message, frozen=True, tag="step"):
+    """Where one worker's time went in one step. The phases partition it: their sum is the step's length.
+
+    `backward` ends when all local gradients are ready, `wait` when the synchronisation is over; everything but `wait` is
+    busy time. `update` is the rest of the step: the optimizer and whatever the script does before it draws again.
+    `counted` is False where other work (an evaluation, a checkpoint) was seen inside the step.
+    """
+
+    rank: Rank
+    step: Count
+    samples: Count
+    data: Seconds
+    forward: Seconds
+    backward: Seconds
+    wait: Seconds
+    update: Seconds
+    ended: float
+    counted: bool = True
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which this worker was not waiting for the others."""
+        return self.data + self.forward + self.backward + self.update
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.busy_seconds + self.wait
+
+
+class Steps(Message, frozen=True, tag="steps"):
+    """A worker's reports since the last ones; `lost` counts those dropped because the hub did not read."""
+
+    reports: Annotated[list[Step], Meta(max_length=MAX_REPORTS)]
+    lost: Count = 0
+
+
+class PlanRequest(Message, frozen=True, tag="plan_request"):
+    """Asks for the plan of `step`. The facts must be the same on all ranks; `frozen` is why this one must not be re-split."""
+
+    step: Count
+    global_batch: Positive
+    dataset_size: Count
+    frozen: Text = ""
+
+
+class Notice(Message, frozen=True, tag="notice"):
+    """Something the user should know, said once per job: `key` is the same on every rank that says it."""
+
+    key: Text
+    text: Text
+    freezes: bool = False
+    rank: int = -1
+
+
+# --- hub -> worker ---------------------------------------------------------------------------------------------------
+
+
+class Plan(Message, frozen=True, tag="plan"):
+    """What every worker does in steps [start, stop): `shares` samples per rank and step, summing to the global batch."""
+
+    number: Count
+    start: Count
+    stop: Positive
+    shares: list[Positive]
+    attempt: Count = 0
+    reason: str = ""
+
+    @property
+    def even(self) -> bool:
+        """All workers have the same share, as under torchrun."""
+        return len(set(self.shares)) <= 1
+
+    def shares_for(self, global_batch: int) -> list[int]:
+        """The shares of a batch of another size: the last one of an epoch, or another loader's."""
+        if global_batch == sum(self.shares):
+            return self.shares
+        if self.even and global_batch % len(self.shares) == 0:
+            return [global_batch // len(self.shares)] * len(self.shares)
+        return apportion(self.shares, global_batch)
+
+
+class Refusal(Message, frozen=True, tag="refusal"):
+    """The hub will not serve this client, and why."""
+
+    reason: Text
+
+
+# --- only in the log -------------------------------------------------------------------------------------------------
+
+
+class RunStarted(Message, frozen=True, tag="run_started"):
+    """The first line of every log."""
+
+    schema: int
+    run: str
+    command: list[str]
+    at: float
+
+
+class WorkersStarted(Message, frozen=True, tag="workers_started"):
+    """A worker group came up: at the start, and again after each restart."""
+
+    attempt: int
+    ranks: list[int]
+    world_size: int
+    num_nodes: int
+    group_rank: int
+    at: float
+
+
+class Attached(Message, frozen=True, tag="attached"):
+    """A worker said hello."""
+
+    hello: Hello
+    at: float
+
+
+class Window(Message, frozen=True, tag="window"):
+    """What was measured under the shares just run, one entry per rank: the controller's input."""
+
+    plan: int
+    steps: int
+    step_seconds: float
+    samples: list[float]
+    busy_seconds: list[float]
+    wait_seconds: list[float]
+    noise: list[float]
+
+
+class Decision(Message, frozen=True, tag="decision"):
+    """What the controller did at a window's end. `gain` and `gain_error` are relative: 0.5 is one and a half times as fast."""
+
+    plan: int
+    before: list[int]
+    proposed: list[int]
+    chosen: list[int]
+    fixed_seconds: list[float]
+    sample_seconds: list[float]
+    gain: float
+    gain_error: float
+    reason: str
+    at: float = 0.0
+
+
+class Resources(Message, frozen=True, tag="resources"):
+    """A worker's use of its machine over the last interval; `gpu_*` are None where there is none."""
+
+    rank: int
+    cpu_fraction: float
+    memory_bytes: int
+    at: float
+    gpu_fraction: float | None = None
+    gpu_memory_bytes: int | None = None
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The hub turned a client away."""
+
+    reason: str
+    pid: int
+    at: float
+
+
+class Lost(Message, frozen=True, tag="lost"):
+    """Reports of this rank that never reached the log."""
+
+    rank: int
+    reports: int
+
+
+class WorkersEnded(Message, frozen=True, tag="workers_ended"):
+    """A worker group is gone: `state` is torch's word for it."""
+
+    attempt: int
+    state: str
+    at: float
+
+
+class RunEnded(Message, frozen=True, tag="run_ended"):
+    """The last line of a log whose launcher came to its end."""
+
+    exit_code: int
+    at: float
+
+
+FromWorker = Hello | Steps | PlanRequest | Notice
+ToWorker = Plan | Refusal
+Logged = (
+    RunStarted
+    | WorkersStarted
+    | Attached
+    | Step
+    | Window
+    | Decision
+    | Plan
+    | Notice
+    | Resources
+    | Refused
+    | Lost
+    | WorkersEnded
+    | RunEnded
+)
+
+
+def frame(message: FromWorker | ToWorker) -> bytes:
+    """The bytes of a message on the socket."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(4, "big") + body

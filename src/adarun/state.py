@@ -1,0 +1,152 @@
+"""What is known of a job: `fold` takes in one event after the other, live and when a log is read again.
+
+Knows no socket, clock, file or torch. A `State` belongs to whoever folds into it; `fold` changes nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from adarun.events import Attached, Logged, Notice, Plan, Resources, Step, Window, WorkersStarted
+
+# The first steps of a worker group (allocator, bucket rebuild) and of new shares say little about the later ones.
+WARMUP_STEPS = 5
+SETTLE_STEPS = 1
+# A step this much longer than the median holds something else than training, say a checkpoint. Both must hold: a CPU quota
+# stalls short steps for many times their length, but never for longer than its period of 0.1 s or so.
+OUTLIER_RATIO = 10.0
+OUTLIER_SECONDS = 0.25
+
+
+@dataclass
+class Totals:
+    """Sums over all steps of one worker."""
+
+    steps: int = 0
+    samples: int = 0
+    data: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    wait: float = 0.0
+    update: float = 0.0
+    first_began: float = math.inf
+    last_ended: float = 0.0
+
+    def add(self, step: Step) -> None:
+        """Take in one step."""
+        self.steps += 1
+        self.samples += step.samples
+        self.data += step.data
+        self.forward += step.forward
+        self.backward += step.backward
+        self.wait += step.wait
+        self.update += step.update
+        self.first_began = min(self.first_began, step.ended - step.seconds)
+        self.last_ended = max(self.last_ended, step.ended)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time not spent waiting for other workers."""
+        return self.data + self.forward + self.backward + self.update
+
+    @property
+    def utilisation(self) -> float:
+        """Busy time as a part of the whole, from 0 to 1."""
+        whole = self.busy_seconds + self.wait
+        return self.busy_seconds / whole if whole else 0.0
+
+
+@dataclass
+class State:
+    """The job as seen so far."""
+
+    attempt: int = 0
+    world_size: int = 0
+    num_nodes: int = 1
+    plans: list[Plan] = field(default_factory=list)
+    notices: dict[str, Notice] = field(default_factory=dict)
+    totals: dict[int, Totals] = field(default_factory=dict)
+    resources: dict[int, Resources] = field(default_factory=dict)
+    attached: set[int] = field(default_factory=set)
+    num_windows: int = 0
+    # Counted steps since the last window was closed: rank -> [(samples, busy, wait, seconds)].
+    fresh: dict[int, list[tuple[int, float, float, float]]] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan of the present worker group."""
+        return self.plans[-1] if self.plans else None
+
+
+def fold(state: State, event: Logged) -> State:
+    """Take in one event."""
+    if isinstance(event, Step):
+        state.totals.setdefault(event.rank, Totals()).add(event)
+        if _counts(state, event):
+            measured = (event.samples, event.busy_seconds, event.wait, event.seconds)
+            state.fresh.setdefault(event.rank, []).append(measured)
+    elif isinstance(event, Plan):
+        state.plans.append(event)
+    elif isinstance(event, Window):
+        state.num_windows += 1
+        state.fresh = {}
+    elif isinstance(event, WorkersStarted):
+        state.attempt, state.world_size, state.num_nodes = event.attempt, event.world_size, event.num_nodes
+        state.plans, state.fresh, state.attached, state.notices = [], {}, set(), {}
+    elif isinstance(event, Attached):
+        state.attached.add(event.hello.rank)
+    elif isinstance(event, Notice):
+        state.notices.setdefault(event.key, event)
+    elif isinstance(event, Resources):
+        state.resources[event.rank] = event
+    return state
+
+
+def _counts(state: State, step: Step) -> bool:
+    if not step.counted or step.step < WARMUP_STEPS:
+        return False
+    # Newest first: a report is rarely older than the plan before the last.
+    for number in range(len(state.plans) - 1, -1, -1):
+        plan = state.plans[number]
+        if plan.start <= step.step:
+            changed = number > 0 and plan.shares != state.plans[number - 1].shares
+            return not changed or step.step >= plan.start + SETTLE_STEPS
+    return True
+
+
+def close_window(state: State) -> Window | None:
+    """Sum up the fresh steps, or None while a worker has too few of them to say anything.
+
+    Times are means over the steps with the worker's full share, an outlier counted at the limit that makes it one.
+    """
+    plan = state.plan
+    if plan is None or len(state.fresh) < state.world_size or state.world_size == 0:
+        return None
+    samples, busy, wait, noise, seconds = [], [], [], [], []
+    num_steps = 0
+    for rank in range(state.world_size):
+        rows = state.fresh.get(rank, [])
+        usual = max({row[0] for row in rows}, key=lambda k: sum(row[0] == k for row in rows))
+        table = np.array([row for row in rows if row[0] == usual], dtype=np.float64)
+        if len(table) < 5:
+            return None
+        limit = max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 1])))
+        times = np.minimum(table[:, 1], limit)
+        samples.append(float(usual))
+        busy.append(float(times.mean()))
+        wait.append(float(table[:, 2].mean()))
+        noise.append(float(times.std(ddof=1) / math.sqrt(len(times)) / times.mean()))
+        seconds.append(float(np.minimum(table[:, 3], max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 3])))).mean()))
+        num_steps = max(num_steps, len(table))
+    return Window(
+        plan=plan.number,
+        steps=num_steps,
+        step_seconds=float(np.mean(seconds)),
+        samples=samples,
+        busy_seconds=busy,
+        wait_seconds=wait,
+        noise=noise,
+    )

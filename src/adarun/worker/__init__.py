@@ -1,0 +1,1 @@
+"""Runs inside the user's training process. Imports nothing but the standard library, msgspec, torch, events and errors."""

@@ -1,0 +1,114 @@
+"""The training loader: its global batches cut by shares, each piece remembered until its batch is consumed."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from adarun.events import Plan
+
+T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """One rank's part of the global batch of one step."""
+
+    step: int
+    samples: int
+    global_batch: int
+    even: bool
+
+
+def cut(batch: Sequence[T], shares: Sequence[int], rank: int) -> Sequence[T]:
+    """`rank`'s piece of the global batch.
+
+    Under equal shares it is every n-th sample, just what DistributedSampler would have given this rank: a run in which
+    nothing was changed is torchrun's to the bit. Otherwise it is a contiguous piece of the same set.
+    """
+    if len(set(shares)) == 1:
+        return batch[rank :: len(shares)]
+    start = sum(shares[:rank])
+    return batch[start : start + shares[rank]]
+
+
+def global_permutation(sampler: DistributedSampler[Any]) -> list[int]:
+    """One epoch of a DistributedSampler as all ranks together see it, padding and dropping included."""
+    whole = copy.copy(sampler)
+    whole.rank, whole.num_replicas, whole.num_samples = 0, 1, sampler.total_size
+    return list(whole)
+
+
+class Session:
+    """One iteration over a loader: the pieces drawn ahead and not yet consumed, oldest first."""
+
+    def __init__(self, base: int, *, training: bool) -> None:
+        self.base = base
+        self.training = training
+        self.planned = False
+        self.pieces: deque[Piece] = deque()
+        self.num_consumed = 0
+
+
+class ShareBatchSampler(BatchSampler):
+    """Stands in for a loader's BatchSampler and gives this rank its piece of each global batch.
+
+    `plan_for(step, global_batch, dataset_size)` blocks until the plan is known. Outside of training the original runs.
+    """
+
+    def __init__(
+        self, original: BatchSampler, rank: int, world_size: int, plan_for: Callable[[int, int, int], Plan]
+    ) -> None:
+        self.__dict__.update(original.__dict__)
+        self.original = original
+        self.session: Session | None = None
+        self._rank = rank
+        self._world_size = world_size
+        self._plan_for = plan_for
+
+    def __iter__(self) -> Iterator[list[int]]:
+        session, self.session = self.session, None
+        if session is None or not session.planned:
+            return iter(self.original)
+        return self._pieces(session)
+
+    def __len__(self) -> int:
+        return len(self.original)
+
+    def _pieces(self, session: Session) -> Iterator[list[int]]:
+        sampler: Any = self.original.sampler
+        order = global_permutation(sampler)
+        full = self.original.batch_size * self._world_size
+        stop = len(order) - len(order) % full if self.original.drop_last else len(order)
+        for number, start in enumerate(range(0, stop, full)):
+            batch = order[start : min(start + full, stop)]
+            step = session.base + number
+            plan = self._plan_for(step, full, len(sampler.dataset))
+            shares = plan.shares_for(len(batch))
+            piece = list(cut(batch, shares, self._rank))
+            session.pieces.append(Piece(step, len(piece), len(batch), len(set(shares)) == 1))
+            yield piece
+
+
+def why_not(loader: DataLoader[Any], rank: int, world_size: int) -> str | None:
+    """Why this loader's batches cannot be cut by shares, or None if they can."""
+    sampler: Any = loader.sampler
+    if isinstance(loader.dataset, IterableDataset):
+        return "the dataset is an IterableDataset, whose samples have no index to share out"
+    if type(loader.batch_sampler) is not BatchSampler and not isinstance(loader.batch_sampler, ShareBatchSampler):
+        return "the loader does its own batching (batch_sampler or batch_size=None)"
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        return "the loader is a DataLoader subclass with an __iter__ of its own"
+    if not isinstance(sampler, DistributedSampler):
+        return "the loader has no DistributedSampler"
+    if type(sampler).__iter__ is not DistributedSampler.__iter__:
+        return "the loader's sampler is a DistributedSampler subclass with an __iter__ of its own"
+    if (sampler.num_replicas, sampler.rank) != (world_size, rank):
+        return f"the loader's DistributedSampler is for rank {sampler.rank} of {sampler.num_replicas}, not {rank} of {world_size}"
+    if not getattr(loader, "in_order", True):
+        return "the loader may give batches out of order (in_order=False)"
+    return None

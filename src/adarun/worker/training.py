@@ -1,0 +1,245 @@
+"""Follows a script's training loop from the inside: its DDP model, its training loader, its backward passes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from adarun.errors import NotExact
+from adarun.events import Hello, Notice, Plan, PlanRequest
+from adarun.worker.client import Client
+from adarun.worker.gradients import Backward
+from adarun.worker.loader import Piece, Session, ShareBatchSampler, cut, why_not
+from adarun.worker.observe import UPDATE, WAIT, Observer
+
+T = TypeVar("T")
+
+BATCHNORM = (
+    "BatchNorm statistics depend on each worker's local batch, so the split stays even; "
+    "convert the model with SyncBatchNorm, or accept other statistics with --batchnorm allow"
+)
+DRAWN_AHEAD = (
+    "the script draws its next batch before the backward pass of the last one (a prefetcher, or one backward pass for "
+    "several batches), so a batch cannot be told from its neighbour and the split stays even"
+)
+
+# The one Training of this process, for the public API; None where adarun did not attach.
+current: Training | None = None
+
+
+class Training:
+    """The state of one worker's training loop, and the patches that keep it up to date."""
+
+    def __init__(
+        self, client: Client, observer: Observer, hello: Hello, adapt: str, batchnorm: str, loss_reduction: str
+    ) -> None:
+        self._client = client
+        self._observer = observer
+        self._backward = Backward(observer)
+        self._rank, self._world_size = hello.rank, hello.world_size
+        self._adapt = adapt == "on"
+        self._freeze_on_batchnorm = batchnorm == "freeze"
+        self._weighted = loss_reduction == "mean"
+        self._models: list[DistributedDataParallel] = []
+        self._batchnorms: list[_BatchNorm] = []
+        self._notices: dict[str, bool] = {}
+        self._session: Session | None = None
+        self._steps_drawn = 0
+        self._passes_at_draw = 0
+        self._last_piece: Piece | None = None
+        self._met_uneven = False
+        self._pid = os.getpid()
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Patch torch in this process. Every patch calls the original, and does nothing in a forked child."""
+        global current  # noqa: PLW0603 - there is one training loop a process
+        current = self
+        self._backward.install()
+        self._patch_ddp()
+        self._patch_loader()
+
+    def close(self) -> None:
+        """Send what was measured and hang up."""
+        if self._mine():
+            self._observer.end()
+            self._client.close()
+
+    def detach(self) -> None:
+        """In a forked child: leave the parent's socket alone."""
+        global current  # noqa: PLW0603
+        current = None
+
+    def _mine(self) -> bool:
+        return current is self
+
+    def _patch_ddp(self) -> None:
+        original = DistributedDataParallel.__init__
+
+        @functools.wraps(original)
+        def __init__(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            original(model, *args, **kwargs)
+            if self._mine():
+                self._on_model(model)
+
+        DistributedDataParallel.__init__ = __init__  # type: ignore[method-assign]
+
+    def _patch_loader(self) -> None:
+        original_iter, original_next = DataLoader.__iter__, _BaseDataLoaderIter.__next__
+
+        @functools.wraps(original_iter)
+        def __iter__(loader: DataLoader[Any]) -> Any:  # noqa: N807
+            if not self._mine():
+                return original_iter(loader)
+            session = self._open_session(loader)
+            iterator = original_iter(loader)
+            iterator._adarun_session = session  # type: ignore[attr-defined]
+            return iterator
+
+        @functools.wraps(original_next)
+        def __next__(iterator: _BaseDataLoaderIter) -> Any:  # noqa: N807
+            session = getattr(iterator, "_adarun_session", None)
+            if session is None or not session.training or not self._mine():
+                return original_next(iterator)
+            self._before_draw(session)
+            try:
+                batch = original_next(iterator)
+            except StopIteration:
+                self._after_last(session)
+                raise
+            self._after_draw(session, batch)
+            return batch
+
+        DataLoader.__iter__ = __iter__  # type: ignore[method-assign]
+        _BaseDataLoaderIter.__next__ = __next__  # type: ignore[method-assign]
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def _on_model(self, model: DistributedDataParallel) -> None:
+        self._models.append(model)
+        self._batchnorms += [
+            module
+            for module in model.modules()
+            if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
+        ]
+        self._observer.cuda = any(p.is_cuda for p in model.parameters())
+        if torch.distributed.get_world_size(model.process_group) != self._world_size:
+            self._notice("subgroup", "a DDP model is averaged over a part of the workers only, so the split stays even", freezes=True)
+
+    def _is_training(self) -> bool:
+        return torch.is_grad_enabled() and any(model.training for model in self._models)
+
+    def _notice(self, key: str, text: str, *, freezes: bool) -> None:
+        if key not in self._notices:
+            self._notices[key] = freezes
+            self._client.post(Notice(key=key, text=text, freezes=freezes, rank=self._rank))
+
+    def _frozen(self) -> str:
+        """Why this rank must not be re-split, or an empty string."""
+        if self._freeze_on_batchnorm and any(module.training for module in self._batchnorms):
+            self._notice("batchnorm", BATCHNORM, freezes=True)
+        return next((key for key, freezes in self._notices.items() if freezes), "")
+
+    # --- the loader --------------------------------------------------------------------------------------------------
+
+    def _open_session(self, loader: DataLoader[Any]) -> Session:
+        session = Session(self._steps_drawn, training=self._is_training())
+        reason = why_not(loader, self._rank, self._world_size)
+        if reason is None and self._adapt:
+            # Put in place even for an evaluation: persistent data-loader workers keep the first sampler they are given.
+            if not isinstance(loader.batch_sampler, ShareBatchSampler):
+                # DataLoader refuses to have its batch_sampler set; the object is ours and the same in every other respect.
+                loader.__dict__["batch_sampler"] = ShareBatchSampler(
+                    loader.batch_sampler, self._rank, self._world_size, self._plan_for  # type: ignore[arg-type]
+                )
+            session.planned = session.training
+            loader.batch_sampler.session = session  # type: ignore[union-attr]
+        if not session.training:
+            self._observer.disturb()
+            return session
+        if reason is not None:
+            self._notice("loader", f"{reason}, so the split stays even", freezes=True)
+        self._session = session
+        return session
+
+    def _plan_for(self, step: int, global_batch: int, dataset_size: int) -> Plan:
+        request = PlanRequest(step=step, global_batch=global_batch, dataset_size=dataset_size, frozen=self._frozen())
+        plan = self._client.plan(request)
+        self._met_uneven = self._met_uneven or not plan.even
+        return plan
+
+    def _before_draw(self, session: Session) -> None:
+        if session is not self._session:
+            self._refuse("interleaved", "the script draws from two training loaders in turn, so the split stays even")
+        # Only the first two draws can tell: a loop that skips a batch later on still trains on the batch it drew last.
+        if session.num_consumed == 1 and self._backward.num_passes == self._passes_at_draw:
+            self._refuse("drawn_ahead", DRAWN_AHEAD)
+        self._observer.begin()
+
+    def _after_draw(self, session: Session, batch: Any) -> None:
+        piece = session.pieces.popleft() if session.planned else None
+        if piece is None:
+            piece = Piece(session.base + session.num_consumed, batch_length(batch), 0, True)
+        session.num_consumed += 1
+        self._steps_drawn = max(self._steps_drawn, piece.step + 1)
+        self._enter(piece)
+
+    def _enter(self, piece: Piece) -> None:
+        self._passes_at_draw = self._backward.num_passes
+        weighted = self._weighted and not piece.even
+        self._backward.weight = piece.samples * self._world_size / piece.global_batch if weighted else 1.0
+        self._observer.drawn(piece.step, piece.samples)
+
+    def _after_last(self, session: Session) -> None:
+        self._observer.end()
+        if session.num_consumed and self._backward.num_passes == self._passes_at_draw:
+            self._refuse("drawn_ahead", DRAWN_AHEAD)
+        self._backward.weight = 1.0
+
+    def _refuse(self, key: str, text: str) -> None:
+        """Freeze the split, or fail if it is uneven already: the update would not be torchrun's."""
+        if self._met_uneven:
+            raise NotExact(f"{text}; start the job with --adapt observe")
+        self._notice(key, text, freezes=True)
+
+    # --- the public API ------------------------------------------------------------------------------------------------
+
+    def split(self, batch: Sequence[T]) -> Sequence[T]:
+        """This rank's piece of `batch`, the global batch that all ranks drew; begins a step."""
+        self._observer.begin()
+        step, shares = self._steps_drawn, [1] * self._world_size
+        if self._adapt:
+            shares = self._plan_for(step, len(batch), 0).shares_for(len(batch))
+        piece = cut(batch, shares, self._rank)
+        self._steps_drawn = step + 1
+        self._enter(Piece(step, len(piece), len(batch), len(set(shares)) == 1))
+        return piece
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is spent on waiting for the other workers."""
+        self._observer.phase(WAIT)
+        try:
+            yield
+        finally:
+            self._observer.phase(UPDATE)
+
+
+def batch_length(batch: Any) -> int:
+    """The number of samples in a batch of unknown make: its first tensor's first dimension, or 0 if there is none."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    parts: Any = batch.values() if isinstance(batch, dict) else batch
+    if isinstance(parts, (list, tuple)) or isinstance(batch, dict):
+        return next((length for part in parts if (length := batch_length(part))), 0)
+    return 0

@@ -1,0 +1,154 @@
+"""The run of plans: immutable, numbered, without gaps, each decided when the first worker needs it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from adarun.control.controller import Controller
+from adarun.events import Logged, Notice, Plan, PlanRequest, Refusal, Window, WorkersStarted
+from adarun.state import State, close_window, fold
+
+# A worker asks for the step it draws next; one that asks much further ahead is broken.
+MAX_AHEAD = 100_000
+FACTS_KEPT = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for."""
+
+    adapt: str = "on"
+    window: int = 0
+    scripted: Sequence[Sequence[int]] = ()
+
+
+class Planner:
+    """Folds a job's events into its state and answers plan requests from it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.state = State()
+        self.controller: Controller | None = None
+        self._settings = settings
+        self._askers: dict[int, str] = {}
+        self._facts: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self._first_plan = 0
+        self._out: list[Logged] = []
+
+    def see(self, event: Logged) -> None:
+        """Take in an event that somebody else logs."""
+        fold(self.state, event)
+        if isinstance(event, WorkersStarted):
+            # Plans start anew with the worker group; what was learned of the workers stays, if they are as many.
+            if self.controller is None or len(self.controller.model.fixed) != event.world_size:
+                self.controller = Controller(event.world_size, self._settings.scripted)
+            self._askers, self._facts = {}, OrderedDict()
+
+    def answer(self, rank: int, request: PlanRequest) -> tuple[Plan | Refusal, list[Logged]]:
+        """The plan for `request.step`, and the events to log for it."""
+        self._out = []
+        return self._answer(rank, request), self._out
+
+    def finish(self) -> list[Logged]:
+        """Close the last window; the events to log for it."""
+        self._out = []
+        self._close_window()
+        return self._out
+
+    def why_even(self) -> str:
+        """Why the split has to stay even, or an empty string."""
+        state = self.state
+        if self._settings.adapt != "on":
+            return f"--adapt {self._settings.adapt}"
+        if state.num_nodes > 1:
+            return "the job spans several nodes, which this version only measures"
+        for notice in state.notices.values():
+            if notice.freezes:
+                return notice.text
+        if missing := sorted(set(range(state.world_size)) - set(self._askers)):
+            return f"rank {missing[0]} has not asked for a plan, so it may not follow one"
+        return next((reason for reason in self._askers.values() if reason), "")
+
+    def _emit(self, event: Logged) -> None:
+        fold(self.state, event)
+        self._out.append(event)
+
+    def _answer(self, rank: int, request: PlanRequest) -> Plan | Refusal:
+        state = self.state
+        if self.controller is None or request.global_batch < state.world_size:
+            return Refusal(f"a global batch of {request.global_batch} cannot be shared by {state.world_size} workers")
+        if refusal := self._disagreement(rank, request):
+            return refusal
+        self._askers[rank] = request.frozen
+        stop = state.plans[-1].stop if state.plans else 0
+        if request.step >= stop + MAX_AHEAD:
+            return Refusal(f"rank {rank} asks for step {request.step} while plans end at {stop}")
+        while not state.plans or state.plans[-1].stop <= request.step:
+            self._emit(self._next_plan(request))
+        return next(plan for plan in reversed(state.plans) if plan.start <= request.step)
+
+    def _disagreement(self, rank: int, request: PlanRequest) -> Refusal | None:
+        """Ranks that draw different batches at the same step cannot be given parts of one."""
+        facts = self._facts.setdefault(request.step, (request.global_batch, request.dataset_size))
+        if len(self._facts) > FACTS_KEPT:
+            self._facts.popitem(last=False)
+        if facts == (request.global_batch, request.dataset_size):
+            return None
+        text = (
+            f"at step {request.step} rank {rank} draws a global batch of {request.global_batch} from {request.dataset_size} "
+            f"samples, another rank one of {facts[0]} from {facts[1]}, so the split stays even"
+        )
+        if all(plan.even for plan in self.state.plans):
+            self._emit(Notice(key="disagree", text=text, freezes=True, rank=rank))
+            return None
+        return Refusal(f"{text}; start the job with --adapt observe")
+
+    def _next_plan(self, request: PlanRequest) -> Plan:
+        assert self.controller is not None
+        state, controller, total = self.state, self.controller, request.global_batch
+        number = state.plans[-1].number + 1 if state.plans else self._first_plan
+        start = state.plans[-1].stop if state.plans else 0
+        if not state.plans or sum(controller.shares) != total:
+            shares, reason = controller.start(total), "even: the first window of these workers"
+        else:
+            shares, reason = self._decide(total)
+        self._first_plan = number + 1
+        steps = self._settings.window or controller.window_steps()
+        return Plan(
+            number=number,
+            start=start,
+            stop=max(start + steps, request.step + 1 if not state.plans else 0),
+            shares=shares,
+            attempt=state.attempt,
+            reason=reason,
+        )
+
+    def _decide(self, total: int) -> tuple[list[int], str]:
+        assert self.controller is not None
+        controller = self.controller
+        window, why_even = self._close_window(), self.why_even()
+        if not why_even and (scripted := controller.next_scripted(total)):
+            return scripted, "given by --shares"
+        if window is None:
+            if why_even:
+                return controller.start(total), f"even: {why_even}"
+            return controller.shares, "kept: too little was measured"
+        decision = controller.decide(window, total)
+        if why_even:
+            decision = msgspec.structs.replace(
+                decision, chosen=controller.start(total), reason=f"even: {why_even} ({decision.reason})"
+            )
+        self._emit(decision)
+        return decision.chosen, decision.reason
+
+    def _close_window(self) -> Window | None:
+        window = close_window(self.state)
+        if window is not None and self.controller is not None and self.controller.shares:
+            self._emit(window)
+            self.controller.learn(window)
+        return window
+
+

@@ -1,0 +1,240 @@
+"""The launcher's socket server: reports in, plans out, everything to the log."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from adarun.control.planner import Planner
+from adarun.errors import AdarunError
+from adarun.events import (
+    MAX_MESSAGE_BYTES,
+    Attached,
+    FromWorker,
+    Hello,
+    Logged,
+    Lost,
+    Notice,
+    PlanRequest,
+    Refusal,
+    Refused,
+    Steps,
+    ToWorker,
+    WorkersStarted,
+    frame,
+)
+from adarun.resources import Sampler
+
+T = TypeVar("T")
+
+HELLO_SECONDS = 10.0
+SAMPLE_SECONDS = 1.0
+# Far above what 1,000 steps a second bring; who sends more for this long is broken or hostile.
+FLOOD_BYTES_PER_SECOND = 4 << 20
+FLOOD_BURST_BYTES = 32 << 20
+# sun_path holds 108 bytes on Linux and 104 elsewhere, the closing zero included.
+MAX_PATH_BYTES = 100
+
+
+class RefusedClient(Exception):
+    """Raised inside the hub to turn a client away; its text is the reason."""
+
+
+class Hub:
+    """Serves the workers of this node from a thread of its own."""
+
+    def __init__(self, planner: Planner, log: Callable[[Logged], None]) -> None:
+        self.planner = planner
+        self._log = log
+        self._directory = private_directory()
+        self.path = self._directory / "hub"
+        self._loop = asyncio.new_event_loop()
+        self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._workers: dict[int, Hello] = {}
+        self._group: WorkersStarted | None = None
+        self._thread = threading.Thread(target=self._run, name="adarun-hub", daemon=True)
+
+    def start(self) -> None:
+        """Listen; afterwards `path` accepts connections.
+
+        Raises:
+            AdarunError: the socket cannot be created.
+        """
+        self._thread.start()
+        try:
+            self._call(self._listen())
+        except OSError as error:
+            raise AdarunError(f"cannot listen on {self.path} ({error.strerror}); set XDG_RUNTIME_DIR or TMPDIR to a folder of yours") from None
+
+    def workers_started(self, event: WorkersStarted) -> None:
+        """A new worker group: only its ranks may connect from now on."""
+
+        async def renew() -> None:
+            self._workers = {}
+            self._group = event
+            self._see(event)
+
+        self._call(renew())
+
+    def stop(self) -> None:
+        """Close the window that is open, hang up, and remove the socket."""
+
+        async def finish() -> None:
+            # What the workers sent last is still in their sockets.
+            deadline = time.monotonic() + 1.0
+            while self._workers and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            for event in self.planner.finish():
+                self._log(event)
+
+        if self._thread.is_alive():
+            self._call(finish())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=30)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.path))
+        self.path.chmod(0o600)
+        await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_MESSAGE_BYTES)
+        self._sampling = self._loop.create_task(self._sample())
+
+    def _see(self, event: Logged) -> None:
+        self.planner.see(event)
+        self._log(event)
+
+    async def _sample(self) -> None:
+        sampler = Sampler()
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            for rank, hello in list(self._workers.items()):
+                if (resources := sampler.sample(rank, hello.pid)) is not None:
+                    self._see(resources)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pid, uid = peer(writer)
+        hello: Hello | None = None
+        try:
+            if uid != os.getuid():
+                raise RefusedClient(f"it runs as user {uid}, not {os.getuid()}")
+            hello = await self._greet(reader)
+            await self._converse(hello.rank, reader, writer)
+        except (RefusedClient, msgspec.DecodeError, TimeoutError) as error:
+            reason = str(error) or "it said nothing"
+            self._log(Refused(reason=reason, pid=pid, at=time.time()))
+            writer.write(frame(Refusal(reason=reason[:2000])))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # it hung up
+        finally:
+            if hello is not None and self._workers.get(hello.rank) is hello:
+                del self._workers[hello.rank]
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader) -> Hello:
+        hello = await asyncio.wait_for(self._receive(reader), HELLO_SECONDS)
+        if not isinstance(hello, Hello):
+            raise RefusedClient(f"its first message is {type(hello).__name__}, not Hello")
+        group = self._group
+        if group is None or hello.attempt != group.attempt or hello.rank not in group.ranks:
+            raise RefusedClient(f"rank {hello.rank} of attempt {hello.attempt} is not a worker of this node")
+        if hello.rank in self._workers:
+            raise RefusedClient(f"rank {hello.rank} is connected already, from process {self._workers[hello.rank].pid}")
+        self._workers[hello.rank] = hello
+        self._see(Attached(hello=hello, at=time.time()))
+        return hello
+
+    async def _converse(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        budget, since = float(FLOOD_BURST_BYTES), time.monotonic()
+        last_step = -1
+        while True:
+            message = await self._receive(reader)
+            now = time.monotonic()
+            budget = min(FLOOD_BURST_BYTES, budget + (now - since) * FLOOD_BYTES_PER_SECOND) - self._received
+            since = now
+            if budget < 0:
+                raise RefusedClient(f"rank {rank} floods the hub")
+            if isinstance(message, Steps):
+                last_step = self._reports(rank, message, last_step)
+            elif isinstance(message, PlanRequest):
+                await self._send(writer, self._answer(rank, message))
+            elif isinstance(message, Notice):
+                if message.key not in self.planner.state.notices:
+                    self._see(msgspec.structs.replace(message, rank=rank))
+            else:
+                raise RefusedClient(f"rank {rank} says hello twice")
+            # A client whose messages are all there already would otherwise never let the others have their turn.
+            await asyncio.sleep(0)
+
+    def _reports(self, rank: int, message: Steps, last_step: int) -> int:
+        for step in message.reports:
+            if step.rank != rank or step.step < last_step:
+                raise RefusedClient(f"rank {rank} reports step {step.step} of rank {step.rank} after step {last_step}")
+            last_step = step.step
+            self._see(step)
+        if message.lost:
+            self._see(Lost(rank=rank, reports=message.lost))
+        return last_step
+
+    def _answer(self, rank: int, request: PlanRequest) -> ToWorker:
+        answer, events = self.planner.answer(rank, request)
+        for event in events:
+            self._log(event)
+        return answer
+
+    async def _send(self, writer: asyncio.StreamWriter, message: ToWorker) -> None:
+        writer.write(frame(message))
+        await writer.drain()
+
+    async def _receive(self, reader: asyncio.StreamReader) -> FromWorker:
+        num_bytes = int.from_bytes(await reader.readexactly(4), "big")
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise RefusedClient(f"a message of {num_bytes} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+        self._received = num_bytes + 4
+        return self._decoder.decode(await reader.readexactly(num_bytes))
+
+
+def peer(writer: asyncio.StreamWriter) -> tuple[int, int]:
+    """Process and user id at the other end, from the kernel."""
+    raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, _ = struct.unpack("3i", raw)
+    return pid, uid
+
+
+def private_directory() -> Path:
+    """A new folder that only this user can enter, with a path short enough for a socket's."""
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if runtime.is_absolute() and runtime.is_dir() and os.access(runtime, os.W_OK):
+        parent = runtime / "adarun"
+        parent.mkdir(mode=0o700, exist_ok=True)
+        directory = tempfile.mkdtemp(dir=parent, prefix="")
+        if len(os.fsencode(directory)) + 5 <= MAX_PATH_BYTES:
+            return Path(directory)
+        os.rmdir(directory)  # noqa: PTH106
+    directory = tempfile.mkdtemp(prefix="adarun-")
+    if len(os.fsencode(directory)) + 5 > MAX_PATH_BYTES:
+        os.rmdir(directory)  # noqa: PTH106
+        directory = tempfile.mkdtemp(prefix="adarun-", dir="/tmp")  # noqa: S108 - mkdtemp makes it private
+    return Path(directory)

@@ -75,7 +75,9 @@ class Hub:
         try:
             self._call(self._listen())
         except OSError as error:
-            raise AdarunError(f"cannot listen on {self.path} ({error.strerror}); set XDG_RUNTIME_DIR or TMPDIR to a folder of yours") from None
+            raise AdarunError(
+                f"cannot listen on {self.path} ({error.strerror}); set XDG_RUNTIME_DIR or TMPDIR to a folder of yours"
+            ) from None
 
     def workers_started(self, event: WorkersStarted) -> None:
         """A new worker group: only its ranks may connect from now on."""
@@ -154,7 +156,7 @@ class Hub:
             writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader) -> Hello:
-        hello = await asyncio.wait_for(self._receive(reader), HELLO_SECONDS)
+        hello, _ = await asyncio.wait_for(self._receive(reader), HELLO_SECONDS)
         if not isinstance(hello, Hello):
             raise RefusedClient(f"its first message is {type(hello).__name__}, not Hello")
         group = self._group
@@ -170,9 +172,9 @@ class Hub:
         budget, since = float(FLOOD_BURST_BYTES), time.monotonic()
         last_step = -1
         while True:
-            message = await self._receive(reader)
+            message, num_bytes = await self._receive(reader)
             now = time.monotonic()
-            budget = min(FLOOD_BURST_BYTES, budget + (now - since) * FLOOD_BYTES_PER_SECOND) - self._received
+            budget = min(FLOOD_BURST_BYTES, budget + (now - since) * FLOOD_BYTES_PER_SECOND) - num_bytes
             since = now
             if budget < 0:
                 raise RefusedClient(f"rank {rank} floods the hub")
@@ -208,12 +210,12 @@ class Hub:
         writer.write(frame(message))
         await writer.drain()
 
-    async def _receive(self, reader: asyncio.StreamReader) -> FromWorker:
+    async def _receive(self, reader: asyncio.StreamReader) -> tuple[FromWorker, int]:
+        """The next message and its size in bytes."""
         num_bytes = int.from_bytes(await reader.readexactly(4), "big")
         if num_bytes > MAX_MESSAGE_BYTES:
             raise RefusedClient(f"a message of {num_bytes} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-        self._received = num_bytes + 4
-        return self._decoder.decode(await reader.readexactly(num_bytes))
+        return self._decoder.decode(await reader.readexactly(num_bytes)), num_bytes + 4
 
 
 def peer(writer: asyncio.StreamWriter) -> tuple[int, int]:

@@ -29,7 +29,12 @@ class Sampler:
             return None
         gpu, gpu_memory = self._gpu(pid)
         return Resources(
-            rank=rank, cpu_fraction=round(cpu, 3), memory_bytes=memory, at=time.time(), gpu_fraction=gpu, gpu_memory_bytes=gpu_memory
+            rank=rank,
+            cpu_fraction=round(cpu, 3),
+            memory_bytes=memory,
+            at=time.time(),
+            gpu_fraction=gpu,
+            gpu_memory_bytes=gpu_memory,
         )
 
     def _gpu(self, pid: int) -> tuple[float | None, int | None]:

@@ -108,5 +108,7 @@ def read(directory: Path) -> Iterator[Logged]:
             except msgspec.DecodeError:
                 continue
             if isinstance(event, RunStarted) and event.schema > SCHEMA_VERSION:
-                raise AdarunError(f"{path} was written by a newer adarun (schema {event.schema}); update adarun to read it")
+                raise AdarunError(
+                    f"{path} was written by a newer adarun (schema {event.schema}); update adarun to read it"
+                )
             yield event

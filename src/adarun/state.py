@@ -139,7 +139,9 @@ def close_window(state: State) -> Window | None:
         busy.append(float(times.mean()))
         wait.append(float(table[:, 2].mean()))
         noise.append(float(times.std(ddof=1) / math.sqrt(len(times)) / times.mean()))
-        seconds.append(float(np.minimum(table[:, 3], max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 3])))).mean()))
+        seconds.append(
+            float(np.minimum(table[:, 3], max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 3])))).mean())
+        )
         num_steps = max(num_steps, len(table))
     return Window(
         plan=plan.number,

@@ -105,7 +105,9 @@ class Controller:
         model = self.model
         errors = np.maximum(model.error, model.surprise)
         slowest_now = int(np.argmax(model.predict(np.array(now, dtype=np.float64))))
-        slowest_then = int(np.argmax(model.predict(np.array(best, dtype=np.float64)) * (np.arange(len(best)) != slowest_now)))
+        slowest_then = int(
+            np.argmax(model.predict(np.array(best, dtype=np.float64)) * (np.arange(len(best)) != slowest_now))
+        )
         return float(math.hypot(errors[slowest_now], errors[slowest_then]))
 
     def _choose(

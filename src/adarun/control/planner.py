@@ -150,5 +150,3 @@ class Planner:
             self._emit(window)
             self.controller.learn(window)
         return window
-
-

@@ -50,9 +50,7 @@ def min_max_split(fixed: Floats, per_sample: Floats, total: int, lower: Ints, up
     # The tiny step down keeps rounding errors from lifting a share above its real-valued optimum.
     ideal = (level - fixed) / per_sample
     shares = np.clip(np.floor(ideal - 1e-9 * (1.0 + np.abs(ideal))), lower, upper).astype(np.int64)
-    heap = [
-        (float(fixed[i] + per_sample[i] * (shares[i] + 1)), i) for i in range(len(shares)) if shares[i] < upper[i]
-    ]
+    heap = [(float(fixed[i] + per_sample[i] * (shares[i] + 1)), i) for i in range(len(shares)) if shares[i] < upper[i]]
     heapq.heapify(heap)
     for _ in range(total - int(shares.sum())):
         _, i = heap[0]

@@ -22,7 +22,9 @@ def attach() -> None:
     try:
         _attach()
     except Exception as error:  # noqa: BLE001 - whatever it is, the user's job must run
-        sys.stderr.write(f"adarun: could not attach to this worker, it runs unadapted ({type(error).__name__}: {error})\n")
+        sys.stderr.write(
+            f"adarun: could not attach to this worker, it runs unadapted ({type(error).__name__}: {error})\n"
+        )
 
 
 def _attach() -> None:
@@ -53,8 +55,14 @@ def _attach() -> None:
     observer = Observer(hello.rank)
     client = Client(env["ADARUN_HUB"], hello, observer.drain)
     env["ADARUN_ATTACHED"] = str(os.getpid())
-    training = Training(client, observer, hello, env.get("ADARUN_ADAPT", "on"), env.get("ADARUN_BATCHNORM", "freeze"),
-                        env.get("ADARUN_LOSS_REDUCTION", "mean"))
+    training = Training(
+        client,
+        observer,
+        hello,
+        adapt=env.get("ADARUN_ADAPT", "on"),
+        batchnorm=env.get("ADARUN_BATCHNORM", "freeze"),
+        loss_reduction=env.get("ADARUN_LOSS_REDUCTION", "mean"),
+    )
     training.install()
     atexit.register(training.close)
     os.register_at_fork(after_in_child=training.detach)

@@ -46,7 +46,8 @@ class Training:
         self._observer = observer
         self._backward = Backward(observer)
         self._rank, self._world_size = hello.rank, hello.world_size
-        self._adapt = adapt == "on"
+        # `observe` follows plans too; they are all even then, so its samples are torchrun's.
+        self._planned = adapt != "off"
         self._freeze_on_batchnorm = batchnorm == "freeze"
         self._weighted = loss_reduction == "mean"
         self._models: list[DistributedDataParallel] = []
@@ -134,7 +135,11 @@ class Training:
         ]
         self._observer.cuda = any(p.is_cuda for p in model.parameters())
         if torch.distributed.get_world_size(model.process_group) != self._world_size:
-            self._notice("subgroup", "a DDP model is averaged over a part of the workers only, so the split stays even", freezes=True)
+            self._notice(
+                "subgroup",
+                "a DDP model is averaged over a part of the workers only, so the split stays even",
+                freezes=True,
+            )
 
     def _is_training(self) -> bool:
         return torch.is_grad_enabled() and any(model.training for model in self._models)
@@ -155,12 +160,15 @@ class Training:
     def _open_session(self, loader: DataLoader[Any]) -> Session:
         session = Session(self._steps_drawn, training=self._is_training())
         reason = why_not(loader, self._rank, self._world_size)
-        if reason is None and self._adapt:
+        if reason is None and self._planned:
             # Put in place even for an evaluation: persistent data-loader workers keep the first sampler they are given.
             if not isinstance(loader.batch_sampler, ShareBatchSampler):
                 # DataLoader refuses to have its batch_sampler set; the object is ours and the same in every other respect.
                 loader.__dict__["batch_sampler"] = ShareBatchSampler(
-                    loader.batch_sampler, self._rank, self._world_size, self._plan_for  # type: ignore[arg-type]
+                    loader.batch_sampler,
+                    self._rank,
+                    self._world_size,
+                    self._plan_for,  # type: ignore[arg-type]
                 )
             session.planned = session.training
             loader.batch_sampler.session = session  # type: ignore[union-attr]
@@ -202,7 +210,7 @@ class Training:
 
     def _after_last(self, session: Session) -> None:
         self._observer.end()
-        if session.num_consumed and self._backward.num_passes == self._passes_at_draw:
+        if session.num_consumed == 1 and self._backward.num_passes == self._passes_at_draw:
             self._refuse("drawn_ahead", DRAWN_AHEAD)
         self._backward.weight = 1.0
 
@@ -218,7 +226,7 @@ class Training:
         """This rank's piece of `batch`, the global batch that all ranks drew; begins a step."""
         self._observer.begin()
         step, shares = self._steps_drawn, [1] * self._world_size
-        if self._adapt:
+        if self._planned:
             shares = self._plan_for(step, len(batch), 0).shares_for(len(batch))
         piece = cut(batch, shares, self._rank)
         self._steps_drawn = step + 1

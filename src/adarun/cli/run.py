@@ -1,0 +1,264 @@
+"""Train with a script that torchrun can start, unmodified, and give each worker the share of the batch it can do.
+
+Takes torchrun's command line, its options with dashes or underscores, and its PET_* variables. `adarun train.py` is short
+for `adarun run train.py`. Options of adarun's own come from the environment too, as ADARUN_ADAPT and so on.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adarun.errors import UsageError, WorkersFailed
+
+TORCHRUN = "torchrun's options"
+ADARUN = "adarun's options"
+CONTEXT = {
+    "allow_interspersed_args": False,
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "max_content_width": 100,
+}
+
+
+class Adapt(str, Enum):
+    """What adarun may do."""
+
+    on = "on"
+    observe = "observe"
+    off = "off"
+
+
+class BatchNorm(str, Enum):
+    """What becomes of a model with BatchNorm."""
+
+    freeze = "freeze"
+    allow = "allow"
+
+
+class LossReduction(str, Enum):
+    """How the script reduces its loss over the samples of a batch."""
+
+    mean = "mean"
+    sum = "sum"
+
+
+def torchrun(text: str, *names: str) -> Any:
+    """An option of torchrun's; torch's own parser gives it its meaning, default and PET_* variable."""
+    return typer.Option(*names, help=text, rich_help_panel=TORCHRUN, show_default=False)
+
+
+def adarun(text: str, name: str) -> Any:
+    """An option of adarun's own."""
+    return typer.Option(
+        name,
+        help=text,
+        rich_help_panel=ADARUN,
+        envvar=f"ADARUN_{name[2:].upper().replace('-', '_')}",
+        show_envvar=False,
+    )
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[
+        str,
+        typer.Argument(
+            metavar="SCRIPT",
+            help="What to train with: a file, or what -m or --no-python make of it.",
+            show_default=False,
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGS", help="The script's own arguments.", show_default=False)
+    ] = None,
+    adapt: Annotated[
+        Adapt,
+        adarun(
+            "on: re-split the batch where it pays; observe: only log what on would do; off: only measure.", "--adapt"
+        ),
+    ] = Adapt.on,
+    window: Annotated[
+        int, adarun("Steps between two decisions; 0: at least 20 steps and at least 2 s.", "--window")
+    ] = 0,
+    shares: Annotated[
+        str,
+        adarun(
+            "Fixed shares instead of measured ones, as proportions, a number a rank: 3,1. Several, as 3,1;1,3, take turns, one a window.",
+            "--shares",
+        ),
+    ] = "",
+    batchnorm: Annotated[
+        BatchNorm,
+        adarun(
+            "freeze: keep the split even where BatchNorm trains on local statistics; allow: accept other statistics.",
+            "--batchnorm",
+        ),
+    ] = BatchNorm.freeze,
+    loss_reduction: Annotated[
+        LossReduction, adarun("How the script's loss is reduced over a batch's samples.", "--loss-reduction")
+    ] = LossReduction.mean,
+    runs_dir: Annotated[Path, adarun("Folder that gets a subfolder with the log of each run.", "--runs-dir")] = Path(
+        "runs"
+    ),
+    nnodes: Annotated[
+        str | None, torchrun("Number of nodes, or a range MIN:MAX for an elastic job.", "--nnodes")
+    ] = None,
+    nproc_per_node: Annotated[
+        str | None, torchrun("Workers per node: a number, auto, cpu, gpu or xpu.", "--nproc-per-node")
+    ] = None,
+    rdzv_backend: Annotated[str | None, torchrun("Rendezvous backend.", "--rdzv-backend")] = None,
+    rdzv_endpoint: Annotated[str | None, torchrun("Rendezvous endpoint, HOST:PORT.", "--rdzv-endpoint")] = None,
+    rdzv_id: Annotated[str | None, torchrun("Job id, the same on all nodes.", "--rdzv-id")] = None,
+    rdzv_conf: Annotated[str | None, torchrun("More rendezvous settings, KEY=VALUE,...", "--rdzv-conf")] = None,
+    standalone: Annotated[
+        bool, torchrun("One node, with a rendezvous of its own on a free port.", "--standalone")
+    ] = False,
+    max_restarts: Annotated[
+        str | None, torchrun("How often a failed worker group is started again.", "--max-restarts")
+    ] = None,
+    monitor_interval: Annotated[
+        str | None, torchrun("Seconds between two looks at the workers.", "--monitor-interval")
+    ] = None,
+    start_method: Annotated[
+        str | None,
+        torchrun("How workers of a function entry point are started: spawn, fork or forkserver.", "--start-method"),
+    ] = None,
+    event_log_handler: Annotated[
+        str | None, torchrun("Registered handler of torch's own events.", "--event-log-handler")
+    ] = None,
+    role: Annotated[str | None, torchrun("Name of the workers' role.", "--role")] = None,
+    module: Annotated[bool, torchrun("The script is a module, as with python -m.", "--module", "-m")] = False,
+    no_python: Annotated[
+        bool, torchrun("Run the script as a program of its own, without python.", "--no-python")
+    ] = False,
+    run_path: Annotated[bool, torchrun("Run the script, an absolute path, with runpy.run_path.", "--run-path")] = False,
+    log_dir: Annotated[str | None, torchrun("Folder for the workers' output files.", "--log-dir")] = None,
+    redirects: Annotated[
+        str | None,
+        torchrun(
+            "Which output goes to files instead: 0 none, 1 stdout, 2 stderr, 3 both, or LOCAL_RANK:N,...",
+            "--redirects",
+            "-r",
+        ),
+    ] = None,
+    tee: Annotated[str | None, torchrun("Which output goes to files as well; the same form.", "--tee", "-t")] = None,
+    local_ranks_filter: Annotated[
+        str | None, torchrun("Only these local ranks' output on the console, comma-separated.", "--local-ranks-filter")
+    ] = None,
+    duplicate_stdout_filters: Annotated[
+        str | None,
+        torchrun(
+            "Also copy stdout lines that contain one of these to a file, comma-separated.", "--duplicate-stdout-filters"
+        ),
+    ] = None,
+    duplicate_stderr_filters: Annotated[
+        str | None, torchrun("The same for stderr.", "--duplicate-stderr-filters")
+    ] = None,
+    node_rank: Annotated[str | None, torchrun("This node's rank, for the static rendezvous.", "--node-rank")] = None,
+    master_addr: Annotated[
+        str | None, torchrun("Address of node 0, for the static rendezvous.", "--master-addr")
+    ] = None,
+    master_port: Annotated[str | None, torchrun("Port on node 0, for the static rendezvous.", "--master-port")] = None,
+    local_addr: Annotated[
+        str | None, torchrun("This node's own address, where it is guessed wrongly.", "--local-addr")
+    ] = None,
+    logs_specs: Annotated[
+        str | None,
+        torchrun("Entry point in the group torchrun.logs_specs that says where output goes.", "--logs-specs"),
+    ] = None,
+    numa_binding: Annotated[
+        str | None,
+        torchrun("Bind workers to the CPUs near their GPU: node, socket, exclusive or core-complex.", "--numa-binding"),
+    ] = None,
+    signals_to_handle: Annotated[
+        str | None, torchrun("Signals that are passed on to the workers, comma-separated.", "--signals-to-handle")
+    ] = None,
+    shutdown_timeout: Annotated[
+        str | None, torchrun("Seconds a worker has to end before it is killed.", "--shutdown-timeout")
+    ] = None,
+    virtual_local_rank: Annotated[
+        bool, torchrun("Every worker sees its GPU as device 0 and LOCAL_RANK 0.", "--virtual-local-rank")
+    ] = False,
+) -> None:
+    """Check the command line, start the job, print the summary."""
+    arguments = arguments or []
+    if (
+        not (module or no_python or given_by_torchrun("MODULE") or given_by_torchrun("NO_PYTHON"))
+        and not Path(script).is_file()
+    ):
+        raise UsageError(f"there is no script {script}; give the path of a file, or a module's name after -m")
+    if window < 0:
+        raise UsageError(f"--window {window} is negative; give a number of steps, or 0 to let adarun choose")
+    scripted = parse_shares(shares)
+    if scripted and adapt is not Adapt.on:
+        raise UsageError(f"--shares changes the split, which --adapt {adapt.value} forbids; leave one of them out")
+    os.environ.update(
+        ADARUN_ADAPT=adapt.value, ADARUN_BATCHNORM=batchnorm.value, ADARUN_LOSS_REDUCTION=loss_reduction.value
+    )
+    for variable in ("ADARUN_HUB", "ADARUN_ATTEMPT", "ADARUN_ATTACHED"):
+        os.environ.pop(variable, None)  # of a job in whose worker this one was started
+    sys.exit(job(torchrun_arguments(context, script, arguments), script, runs_dir, adapt.value, window, scripted))
+
+
+def given_by_torchrun(name: str) -> bool:
+    """Whether the flag `name` is set by its PET_* variable."""
+    return os.environ.get(f"PET_{name}", "0") != "0"
+
+
+def parse_shares(text: str) -> list[list[int]]:
+    """`3,1;1,3` as [[3, 1], [1, 3]].
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        splits = [[int(share) for share in split.split(",")] for split in text.split(";")] if text else []
+    except ValueError:
+        splits = [[0]]
+    if any(share < 1 for split in splits for share in split) or len({len(split) for split in splits}) > 1:
+        raise UsageError(f"--shares {text} is not a list of positive numbers, one a rank, as in 3,1 or 3,1;1,3")
+    return splits
+
+
+def torchrun_arguments(context: typer.Context, script: str, arguments: list[str]) -> list[str]:
+    """The command line as torch's own parser takes it: what was given of its options, the script, the script's arguments."""
+    given = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if getattr(parameter, "rich_help_panel", None) == TORCHRUN and value not in (None, False):
+            given.append(parameter.opts[0] if value is True else f"{parameter.opts[0]}={value}")
+    return [*given, script, *arguments]
+
+
+def job(arguments: list[str], script: str, runs_dir: Path, adapt: str, window: int, scripted: list[list[int]]) -> int:
+    """Run the job and return the exit code."""
+    # torch takes 1.5 to 2 s to import: only now is it needed.
+    from adarun.launch import agent  # noqa: PLC0415
+    from adarun.launch.record import Recording  # noqa: PLC0415
+
+    configured = agent.configure(arguments)
+    num_workers = configured[0].max_nodes * configured[0].nproc_per_node
+    if scripted and len(scripted[0]) != num_workers:
+        raise UsageError(
+            f"--shares names {len(scripted[0])} workers and the job has {num_workers}; give a number a rank"
+        )
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(script).stem}-{secrets.token_hex(2)}"
+    with Recording(runs_dir, name, sys.argv[1:], adapt, window, scripted) as recording:
+        try:
+            agent.launch(configured, recording.hub, recording.log)
+        except WorkersFailed as error:
+            sys.stderr.write(f"{error}\n")
+            recording.exit_code = error.exit_code
+        except agent.SignalException as error:
+            recording.exit_code = agent.exit_code_of(error)
+        except KeyboardInterrupt:
+            recording.exit_code = 130
+    return recording.exit_code

@@ -1,0 +1,1 @@
+"""torchrun's contract, on torch's own elastic agent."""

@@ -1,0 +1,128 @@
+"""Starts a job the way torchrun does, with a hub beside it.
+
+torch's own code parses, checks, rendezvouses, starts, watches, restarts and signals; adarun only puts its agent where
+`launch_agent` makes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch.distributed.run as torchrun
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher import api
+
+from adarun.errors import AdarunError, UsageError, WorkersFailed
+from adarun.events import WorkersEnded, WorkersStarted
+from adarun.hub import Hub
+from adarun.worker.attach import attach
+
+Log = Callable[[WorkersEnded], None]
+
+
+class Agent(LocalElasticAgent):
+    """torch's agent, which tells the hub when a worker group comes and goes."""
+
+    def __init__(self, *args: Any, hub: Hub, log: Log, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._hub = hub
+        self._log = log
+        self._attempt = -1
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._attempt += 1
+        os.environ["ADARUN_ATTEMPT"] = str(self._attempt)
+        workers = worker_group.workers
+        self._hub.workers_started(
+            WorkersStarted(
+                attempt=self._attempt,
+                ranks=[worker.global_rank for worker in workers],
+                world_size=workers[0].world_size,
+                num_nodes=worker_group.group_world_size or 1,
+                group_rank=worker_group.group_rank or 0,
+                at=time.time(),
+            )
+        )
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        return started
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state.name != "HEALTHY":
+            self._log(WorkersEnded(attempt=self._attempt, state=result.state.name, at=time.time()))
+        return result
+
+
+class Parser(ArgumentParser):
+    """torch's parser, with its errors as ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it in one sentence, without the whole usage."""
+        raise UsageError(f"{message}; see adarun run --help")
+
+
+def configure(arguments: list[str]) -> tuple[Any, Any, list[str]]:
+    """What torchrun would launch for these arguments: its config, its entry point and the entry point's arguments.
+
+    Raises:
+        UsageError: torch refuses them.
+    """
+    parser = torchrun.get_args_parser()
+    parser.__class__ = Parser
+    parser.prog = "adarun run"
+    launched: list[Any] = []
+
+    def catch(config: Any, entrypoint: Any) -> Callable[..., None]:
+        return lambda *args: launched.extend((config, entrypoint, list(args)))
+
+    with mock.patch.object(torchrun, "elastic_launch", catch):
+        try:
+            torchrun.run(parser.parse_args(arguments))
+        except (ValueError, AssertionError, RuntimeError) as error:
+            raise UsageError(f"{error}; see adarun run --help") from None
+    config, entrypoint, entrypoint_args = launched
+    return config, run_script_path if entrypoint is torchrun.run_script_path else entrypoint, entrypoint_args
+
+
+def run_script_path(script: str, *arguments: str) -> None:
+    """`--run-path`: torch was imported before this process knew its rank, so it is attached here."""
+    attach()
+    torchrun.run_script_path(script, *arguments)
+
+
+def launch(configured: tuple[Any, Any, list[str]], hub: Hub, log: Log) -> None:
+    """Run the job to its end.
+
+    Raises:
+        WorkersFailed: torch's report of the failure.
+        SignalException: the launcher was told to stop, and stopped the workers.
+        AdarunError: the rendezvous failed.
+    """
+    config, entrypoint, arguments = configured
+    os.environ.pop("ADARUN_ATTACHED", None)
+    os.environ["ADARUN_HUB"] = str(hub.path)
+    agent = functools.partial(Agent, hub=hub, log=log)
+    try:
+        with mock.patch.object(api, "LocalElasticAgent", agent):
+            record(api.launch_agent)(config, entrypoint, arguments)
+    except ChildFailedError as error:
+        raise WorkersFailed(str(error).strip()) from None
+    except SignalException:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        raise AdarunError(f"the job could not be started: {type(error).__name__}: {error}") from error
+
+
+def exit_code_of(error: SignalException) -> int:
+    """A shell's exit code for a process that a signal ended."""
+    return 128 + int(signal.Signals(error.sigval))

@@ -1,0 +1,93 @@
+"""One run's hub and log, from before the first worker to the summary."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import platformdirs
+import torch
+from rich.console import Console
+
+from adarun import __version__
+from adarun.control.planner import Planner, Settings
+from adarun.errors import AdarunError
+from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
+from adarun.hub import Hub
+from adarun.runlog import RunLog
+from adarun.summary import summary
+
+
+class Recording:
+    """Open while the job runs; on leaving, closes the log and prints the summary to stderr."""
+
+    def __init__(
+        self, runs_dir: Path, name: str, command: list[str], adapt: str, window: int, scripted: list[list[int]]
+    ) -> None:
+        self.exit_code = 0
+        self._began = time.monotonic()
+        about: dict[str, Any] = {
+            "run": name,
+            "command": command,
+            "adapt": adapt,
+            "window": window,
+            "shares": scripted,
+            "adarun": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "host": platform.node(),
+            "folder": str(Path.cwd()),
+            "pid": os.getpid(),
+            # Nothing in this version draws random numbers; a policy that does will put its seed here.
+            "seed": None,
+            "started": time.time(),
+        }
+        self._runlog = open_log(runs_dir, name, about)
+        self.log(RunStarted(schema=SCHEMA_VERSION, run=name, command=command, at=time.time()))
+        self.planner = Planner(Settings(adapt=adapt, window=window, scripted=scripted))
+        self.hub = Hub(self.planner, self.log)
+
+    def log(self, event: Logged) -> None:
+        """Append an event to the run log."""
+        self._runlog.append(event)
+
+    def __enter__(self) -> Recording:
+        self.hub.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.exit_code = getattr(error, "exit_code", 1)
+        self.hub.stop()
+        self.log(RunEnded(exit_code=self.exit_code, at=time.time()))
+        self._runlog.close()
+        console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+        console.print(summary(self.planner, time.monotonic() - self._began, self._runlog.directory))
+        if self._runlog.num_lost:
+            sys.stderr.write(f"adarun: {self._runlog.num_lost} events could not be written to the run log\n")
+
+
+def open_log(runs_dir: Path, name: str, about: dict[str, Any]) -> RunLog:
+    """A log in `runs_dir`, or in the user's state folder where that cannot be written.
+
+    Raises:
+        AdarunError: neither can be.
+    """
+    try:
+        return RunLog(runs_dir / name, about)
+    except OSError as error:
+        fallback = Path(platformdirs.user_state_dir("adarun")) / "runs"
+        sys.stderr.write(f"adarun: cannot write to {runs_dir} ({error.strerror}); the run log goes to {fallback}\n")
+        try:
+            return RunLog(fallback / name, about)
+        except OSError as second:
+            raise AdarunError(
+                f"cannot write a run log to {fallback} ({second.strerror}); name a folder with --runs-dir"
+            ) from None

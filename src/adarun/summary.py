@@ -1,0 +1,69 @@
+"""What is printed when a run ends: where the time went, who had which share, what it brought."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from adarun.control.controller import Controller
+from adarun.control.planner import Planner
+from adarun.state import State
+
+
+def summary(planner: Planner, seconds: float, log: Path) -> Group:
+    """The summary as something rich can print; `seconds` is the launcher's own time from start to end."""
+    state, controller = planner.state, planner.controller
+    lines = [headline(state, seconds)]
+    if state.totals:
+        lines.append(gain_line(state, controller, planner.why_even()))
+    lines += [Text(f"  note: {notice.text}") for notice in state.notices.values()]
+    lines.append(Text(f"  log: {log}"))
+    return Group(lines[0], *([workers_table(state)] if state.totals else []), *lines[1:])
+
+
+def headline(state: State, seconds: float) -> Text:
+    """Time, steps, throughput."""
+    if not state.totals:
+        return Text(f"adarun: {seconds:.1f} s; no training step was seen, so nothing was measured")
+    totals = state.totals.values()
+    began, ended = min(t.first_began for t in totals), max(t.last_ended for t in totals)
+    rate = sum(t.samples for t in totals) / max(1e-9, ended - began)
+    return Text(f"adarun: {seconds:.1f} s, {max(t.steps for t in totals)} steps, {rate:.0f} samples/s", style="bold")
+
+
+def workers_table(state: State) -> Table:
+    """A row a worker."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in ("  rank", "share", "busy/step", "wait/step", "waiting", "data", "cpu", "memory"):
+        table.add_column(column, justify="right")
+    for rank, totals in sorted(state.totals.items()):
+        used = state.resources.get(rank)
+        share = str(state.plan.shares[rank]) if state.plan else f"{totals.samples / max(1, totals.steps):.0f}"
+        table.add_row(
+            str(rank),
+            share,
+            f"{totals.busy_seconds / totals.steps * 1e3:.1f} ms",
+            f"{totals.wait / totals.steps * 1e3:.1f} ms",
+            f"{1.0 - totals.utilisation:.0%}",
+            f"{totals.data / totals.steps * 1e3:.1f} ms",
+            f"{used.cpu_fraction:.0%}" if used else "-",
+            f"{used.memory_bytes / 2**20:.0f} MiB" if used else "-",
+        )
+    return table
+
+
+def gain_line(state: State, controller: Controller | None, why_even: str) -> Text:
+    """What the shares brought, or why they stayed as they were."""
+    if state.plan is None:
+        return Text(f"  not adapted: {why_even or 'the script draws no batches that adarun can cut'}")
+    if controller is None or controller.actual_seconds == 0.0:
+        return Text("  not adapted: the run was too short to measure")
+    if all(plan.even for plan in state.plans):
+        return Text(f"  shares stayed even: {why_even or state.plan.reason}")
+    gain = controller.even_seconds / controller.actual_seconds - 1.0
+    error = math.hypot(*controller.model.surprise)
+    return Text(f"  estimated gain over the even split: {gain:+.0%} (give or take {error:.0%})")

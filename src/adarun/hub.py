@@ -238,5 +238,5 @@ def private_directory() -> Path:
     directory = tempfile.mkdtemp(prefix="adarun-")
     if len(os.fsencode(directory)) + 5 > MAX_PATH_BYTES:
         os.rmdir(directory)  # noqa: PTH106
-        directory = tempfile.mkdtemp(prefix="adarun-", dir="/tmp")  # noqa: S108 - mkdtemp makes it private
+        directory = tempfile.mkdtemp(prefix="adarun-", dir="/tmp")  # mkdtemp makes it private
     return Path(directory)

@@ -20,7 +20,7 @@ def summary(planner: Planner, seconds: float, log: Path) -> Group:
     lines = [headline(state, seconds)]
     if state.totals:
         lines.append(gain_line(state, controller, planner.why_even()))
-    lines += [Text(f"  note: {notice.text}") for notice in state.notices.values()]
+    lines += [Text(f"  note: {notice.text}") for notice in state.notices.values() if notice.text != planner.why_even()]
     lines.append(Text(f"  log: {log}"))
     return Group(lines[0], *([workers_table(state)] if state.totals else []), *lines[1:])
 

@@ -49,7 +49,7 @@ def min_max_split(fixed: Floats, per_sample: Floats, total: int, lower: Ints, up
     level = levels[at] + ((total - filled[at]) / slopes[at] if at < len(levels) - 1 and slopes[at] > 0 else 0.0)
     # The tiny step down keeps rounding errors from lifting a share above its real-valued optimum.
     ideal = (level - fixed) / per_sample
-    shares = np.clip(np.floor(ideal - 1e-9 * (1.0 + np.abs(ideal))), lower, upper).astype(np.int64)
+    shares: Ints = np.clip(np.floor(ideal - 1e-9 * (1.0 + np.abs(ideal))), lower, upper).astype(np.int64)
     heap = [(float(fixed[i] + per_sample[i] * (shares[i] + 1)), i) for i in range(len(shares)) if shares[i] < upper[i]]
     heapq.heapify(heap)
     for _ in range(total - int(shares.sum())):

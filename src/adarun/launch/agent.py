@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from unittest import mock
 
 import torch.distributed.run as torchrun
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
@@ -57,7 +57,7 @@ class Agent(LocalElasticAgent):
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result: RunResult = super()._monitor_workers(worker_group)
         if result.state.name != "HEALTHY":
             self._log(WorkersEnded(attempt=self._attempt, state=result.state.name, at=time.time()))
         return result
@@ -87,7 +87,7 @@ def configure(arguments: list[str]) -> tuple[Any, Any, list[str]]:
 
     with mock.patch.object(torchrun, "elastic_launch", catch):
         try:
-            torchrun.run(parser.parse_args(arguments))
+            torchrun.run(parser.parse_args(arguments))  # type: ignore[no-untyped-call]
         except (ValueError, AssertionError, RuntimeError) as error:
             raise UsageError(f"{error}; see adarun run --help") from None
     config, entrypoint, entrypoint_args = launched

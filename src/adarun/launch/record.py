@@ -56,7 +56,7 @@ class Recording:
         """Append an event to the run log."""
         self._runlog.append(event)
 
-    def __enter__(self) -> Recording:
+    def __enter__(self) -> Recording:  # noqa: PYI034 - Self needs Python 3.11
         self.hub.start()
         return self
 

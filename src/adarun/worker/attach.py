@@ -21,7 +21,7 @@ def attach() -> None:
     """Attach this process to the hub; on any error warn once and leave the process as it was."""
     try:
         _attach()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the user's job must run
+    except Exception as error:  # whatever it is, the user's job must run
         sys.stderr.write(
             f"adarun: could not attach to this worker, it runs unadapted ({type(error).__name__}: {error})\n"
         )
@@ -49,7 +49,7 @@ def _attach() -> None:
         attempt=int(env.get("ADARUN_ATTEMPT", "0")),
         pid=os.getpid(),
         host=socket.gethostname(),
-        device="cuda" if torch.backends.cuda.is_built() else "cpu",
+        device="cuda" if torch.version.cuda else "cpu",
         torch=str(torch.__version__),
     )
     observer = Observer(hello.rank)

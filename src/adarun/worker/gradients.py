@@ -50,7 +50,7 @@ class Backward:
                 # torch still takes the seeds under their old name.
                 seeds = weighted_seeds(roots, kwargs.pop("grad_variables", seeds), self.weight)
             timed = next((root for root in roots if isinstance(root, torch.Tensor) and root.requires_grad), None)
-            hook = timed.register_hook(self._on_root) if timed is not None else None
+            hook = timed.register_hook(self._on_root) if timed is not None else None  # type: ignore[no-untyped-call]
             try:
                 self._original(roots, seeds, *args, **kwargs)
             finally:
@@ -64,7 +64,7 @@ class Backward:
     def _on_root(self, _gradient: torch.Tensor) -> None:
         # Callbacks run in the order queued, once every gradient is there: this one comes before DDP's, which waits for the
         # all-reduce, because DDP queues its own when its last bucket is ready.
-        torch.autograd.Variable._execution_engine.queue_callback(self._on_ready)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._on_ready)
 
     def _on_ready(self) -> None:
         self._observer.phase(WAIT)

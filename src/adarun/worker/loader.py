@@ -71,7 +71,8 @@ class ShareBatchSampler(BatchSampler):
         self._plan_for = plan_for
 
     def __iter__(self) -> Iterator[list[int]]:
-        session, self.session = self.session, None
+        # Taken, not kept, by the loader's patch: a multi-process iterator asks for two iterations and uses the second.
+        session = self.session
         if session is None or not session.planned:
             return iter(self.original)
         return self._pieces(session)

@@ -8,6 +8,7 @@ stream, read after the device passed it, so nothing waits for the device.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from typing import Any
@@ -79,7 +80,7 @@ class Observer:
     def _mark(self, phase: int) -> Mark:
         if not self.cuda:
             return (phase, time.perf_counter(), None)
-        event = self._spare_events.popleft() if self._spare_events else torch.cuda.Event(enable_timing=True)
+        event = self._spare_events.popleft() if self._spare_events else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return (phase, time.perf_counter(), event)
 
@@ -96,7 +97,7 @@ class Observer:
     def _report(self, raw: RawStep) -> Step:
         step, samples, counted, marks = raw
         seconds = [0.0] * 5
-        for (phase, began, event), (_, ended, next_event) in zip(marks, marks[1:], strict=False):
+        for (phase, began, event), (_, ended, next_event) in itertools.pairwise(marks):
             if event is not None and next_event is not None:
                 seconds[phase] += event.elapsed_time(next_event) / 1000.0
             else:

@@ -40,7 +40,7 @@ class Training:
     """The state of one worker's training loop, and the patches that keep it up to date."""
 
     def __init__(
-        self, client: Client, observer: Observer, hello: Hello, adapt: str, batchnorm: str, loss_reduction: str
+        self, client: Client, observer: Observer, hello: Hello, *, adapt: str, batchnorm: str, loss_reduction: str
     ) -> None:
         self._client = client
         self._observer = observer
@@ -93,7 +93,7 @@ class Training:
             if self._mine():
                 self._on_model(model)
 
-        DistributedDataParallel.__init__ = __init__  # type: ignore[method-assign]
+        patch(DistributedDataParallel, "__init__", __init__)
 
     def _patch_loader(self) -> None:
         original_iter, original_next = DataLoader.__iter__, _BaseDataLoaderIter.__next__
@@ -104,6 +104,9 @@ class Training:
                 return original_iter(loader)
             session = self._open_session(loader)
             iterator = original_iter(loader)
+            if isinstance(loader.batch_sampler, ShareBatchSampler):
+                # Who else iterates over the batch sampler gets the original's batches.
+                loader.batch_sampler.session = None
             iterator._adarun_session = session  # type: ignore[attr-defined]
             return iterator
 
@@ -121,8 +124,8 @@ class Training:
             self._after_draw(session, batch)
             return batch
 
-        DataLoader.__iter__ = __iter__  # type: ignore[method-assign]
-        _BaseDataLoaderIter.__next__ = __next__  # type: ignore[method-assign]
+        patch(DataLoader, "__iter__", __iter__)
+        patch(_BaseDataLoaderIter, "__next__", __next__)
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
@@ -163,15 +166,13 @@ class Training:
         if reason is None and self._planned:
             # Put in place even for an evaluation: persistent data-loader workers keep the first sampler they are given.
             if not isinstance(loader.batch_sampler, ShareBatchSampler):
-                # DataLoader refuses to have its batch_sampler set; the object is ours and the same in every other respect.
+                # DataLoader refuses to have its batch_sampler set; ours is the same in every other respect.
+                original: Any = loader.batch_sampler
                 loader.__dict__["batch_sampler"] = ShareBatchSampler(
-                    loader.batch_sampler,
-                    self._rank,
-                    self._world_size,
-                    self._plan_for,  # type: ignore[arg-type]
+                    original, self._rank, self._world_size, self._plan_for
                 )
             session.planned = session.training
-            loader.batch_sampler.session = session  # type: ignore[union-attr]
+            loader.__dict__["batch_sampler"].session = session
         if not session.training:
             self._observer.disturb()
             return session
@@ -220,7 +221,7 @@ class Training:
             raise NotExact(f"{text}; start the job with --adapt observe")
         self._notice(key, text, freezes=True)
 
-    # --- the public API ------------------------------------------------------------------------------------------------
+    # --- the public API ----------------------------------------------------------------------------------------------
 
     def split(self, batch: Sequence[T]) -> Sequence[T]:
         """This rank's piece of `batch`, the global batch that all ranks drew; begins a step."""
@@ -241,6 +242,11 @@ class Training:
             yield
         finally:
             self._observer.phase(UPDATE)
+
+
+def patch(owner: type, name: str, function: Any) -> None:
+    """Put `function` where torch keeps a method; it wraps the original."""
+    setattr(owner, name, function)
 
 
 def batch_length(batch: Any) -> int:

@@ -9,14 +9,16 @@ models fed into one another, penalties on gradients.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from adarun.worker.observe import BACKWARD, UPDATE, WAIT, Observer
 
-Tensors = torch.Tensor | Sequence[torch.Tensor] | None
+Root = torch.Tensor | GradientEdge
 
 
 class Backward:
@@ -25,6 +27,8 @@ class Backward:
     def __init__(self, observer: Observer) -> None:
         self.weight = 1.0
         self.num_passes = 0
+        # Called before every pass that a script starts; may refuse it.
+        self.before: Callable[[], None] = lambda: None
         self._observer = observer
         self._running = False
         self._original: Callable[..., None] = torch.autograd.backward
@@ -43,14 +47,16 @@ class Backward:
 
     def _run(self, tensors: Any, seeds: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         observer, self._running = self._observer, True
-        observer.phase(BACKWARD)
         try:
-            roots = (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+            self.before()
+            observer.phase(BACKWARD)
+            # A gradient edge is a tuple too, but one root.
+            roots = (tensors,) if isinstance(tensors, torch.Tensor | GradientEdge) else tuple(tensors)
             if self.weight != 1.0:
                 # torch still takes the seeds under their old name.
                 seeds = weighted_seeds(roots, kwargs.pop("grad_variables", seeds), self.weight)
             timed = next((root for root in roots if isinstance(root, torch.Tensor) and root.requires_grad), None)
-            hook = timed.register_hook(self._on_root) if timed is not None else None  # type: ignore[no-untyped-call]
+            hook: Any = timed.register_hook(self._on_root) if timed is not None else None  # type: ignore[no-untyped-call]
             try:
                 self._original(roots, seeds, *args, **kwargs)
             finally:
@@ -70,15 +76,15 @@ class Backward:
         self._observer.phase(WAIT)
 
 
-def weighted_seeds(roots: Sequence[torch.Tensor], seeds: Tensors, weight: float) -> list[torch.Tensor | None]:
-    """The backward pass's seeds times `weight`, where torch would have filled in ones; what it refuses stays for it to refuse."""
+def weighted_seeds(roots: Sequence[Root], seeds: Any, weight: float) -> list[torch.Tensor | None]:
+    """The backward pass's seeds times `weight`, where torch would fill in ones; what it refuses is left for it to refuse."""
     given = [seeds] * len(roots) if seeds is None or isinstance(seeds, torch.Tensor) else list(seeds)
-    filled: list[torch.Tensor | None] = []
-    for root, seed in zip(roots, given, strict=False):
-        if seed is not None:
-            filled.append(seed * weight)
-        elif root.requires_grad and root.numel() == 1:
-            filled.append(torch.full_like(root, weight, memory_format=torch.preserve_format))
-        else:
-            filled.append(None)
-    return filled
+    return [seed_of(root, weight) if seed is None else seed * weight for root, seed in zip(roots, given, strict=False)]
+
+
+def seed_of(root: Root, weight: float) -> torch.Tensor | None:
+    """`weight` in a scalar root's shape, type and place."""
+    like: Any = root.node._input_metadata[root.output_nr] if isinstance(root, GradientEdge) else root
+    if math.prod(like.shape) != 1 or not getattr(like, "requires_grad", True):
+        return None
+    return torch.full(like.shape, weight, dtype=like.dtype, device=like.device)

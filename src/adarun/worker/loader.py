@@ -52,6 +52,9 @@ class Session:
         self.planned = False
         self.pieces: deque[Piece] = deque()
         self.num_consumed = 0
+        # How often the script came back to it from another loader, and why its batches cannot be told apart, if so.
+        self.num_resumed = 0
+        self.unsure: tuple[str, str] | None = None
 
 
 class ShareBatchSampler(BatchSampler):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -28,8 +27,13 @@ BATCHNORM = (
     "convert the model with SyncBatchNorm, or accept other statistics with --batchnorm allow"
 )
 DRAWN_AHEAD = (
+    "drawn_ahead",
     "the script draws its next batch before the backward pass of the last one (a prefetcher, or one backward pass for "
-    "several batches), so a batch cannot be told from its neighbour and the split stays even"
+    "several batches), and the two cannot be told apart",
+)
+INTERLEAVED = (
+    "interleaved",
+    "the script draws from two training loaders in turn, and their batches cannot be told apart",
 )
 
 # The one Training of this process, for the public API; None where adarun did not attach.
@@ -53,12 +57,12 @@ class Training:
         self._models: list[DistributedDataParallel] = []
         self._batchnorms: list[_BatchNorm] = []
         self._notices: dict[str, bool] = {}
+        # Of the batch drawn last.
         self._session: Session | None = None
+        self._split_session = Session(0, training=True)
         self._steps_drawn = 0
         self._passes_at_draw = 0
-        self._last_piece: Piece | None = None
         self._met_uneven = False
-        self._pid = os.getpid()
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -66,6 +70,7 @@ class Training:
         """Patch torch in this process. Every patch calls the original, and does nothing in a forked child."""
         global current  # noqa: PLW0603 - there is one training loop a process
         current = self
+        self._backward.before = self._before_backward
         self._backward.install()
         self._patch_ddp()
         self._patch_loader()
@@ -78,8 +83,8 @@ class Training:
 
     def detach(self) -> None:
         """In a forked child: leave the parent's socket alone."""
-        global current  # noqa: PLW0603
-        current = None
+        global current
+        current, self._backward.weight = None, 1.0
 
     def _mine(self) -> bool:
         return current is self
@@ -178,7 +183,6 @@ class Training:
             return session
         if reason is not None:
             self._notice("loader", f"{reason}, so the split stays even", freezes=True)
-        self._session = session
         return session
 
     def _plan_for(self, step: int, global_batch: int, dataset_size: int) -> Plan:
@@ -188,11 +192,18 @@ class Training:
         return plan
 
     def _before_draw(self, session: Session) -> None:
-        if session is not self._session:
-            self._refuse("interleaved", "the script draws from two training loaders in turn, so the split stays even")
+        last, self._session = self._session, session
+        passed = self._backward.num_passes != self._passes_at_draw
+        if not passed:
+            # A batch that nobody learned from: skipped, or of an evaluation that left the model in training mode.
+            self._observer.disturb()
+        if last is not session and session.num_consumed:
+            session.num_resumed += 1
+            if last is not None and last.num_resumed:
+                session.unsure = INTERLEAVED
         # Only the first two draws can tell: a loop that skips a batch later on still trains on the batch it drew last.
-        if session.num_consumed == 1 and self._backward.num_passes == self._passes_at_draw:
-            self._refuse("drawn_ahead", DRAWN_AHEAD)
+        elif session.num_consumed == 1 and not passed:
+            session.unsure = DRAWN_AHEAD
         self._observer.begin()
 
     def _after_draw(self, session: Session, batch: Any) -> None:
@@ -212,24 +223,30 @@ class Training:
     def _after_last(self, session: Session) -> None:
         self._observer.end()
         if session.num_consumed == 1 and self._backward.num_passes == self._passes_at_draw:
-            self._refuse("drawn_ahead", DRAWN_AHEAD)
+            session.unsure = DRAWN_AHEAD
+        # What the script trains on between two loops is not a piece of anything.
         self._backward.weight = 1.0
 
-    def _refuse(self, key: str, text: str) -> None:
-        """Freeze the split, or fail if it is uneven already: the update would not be torchrun's."""
+    def _before_backward(self) -> None:
+        """Freeze the split if the batch at hand may not be the one drawn last; fail if the split is uneven already."""
+        if self._session is None or self._session.unsure is None:
+            return
+        key, text = self._session.unsure
         if self._met_uneven:
-            raise NotExact(f"{text}; start the job with --adapt observe")
-        self._notice(key, text, freezes=True)
+            raise NotExact(f"{text}, yet it is uneven already; start the job with --adapt observe")
+        self._notice(key, f"{text}, so the split stays even", freezes=True)
 
     # --- the public API ----------------------------------------------------------------------------------------------
 
     def split(self, batch: Sequence[T]) -> Sequence[T]:
         """This rank's piece of `batch`, the global batch that all ranks drew; begins a step."""
-        self._observer.begin()
+        session = self._split_session
+        self._before_draw(session)
         step, shares = self._steps_drawn, [1] * self._world_size
         if self._planned:
             shares = self._plan_for(step, len(batch), 0).shares_for(len(batch))
         piece = cut(batch, shares, self._rank)
+        session.num_consumed += 1
         self._steps_drawn = step + 1
         self._enter(Piece(step, len(piece), len(batch), len(set(shares)) == 1))
         return piece

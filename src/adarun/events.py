@@ -105,6 +105,9 @@ class PlanRequest(Message, frozen=True, tag="plan_request"):
     global_batch: Positive
     dataset_size: Count
     frozen: Text = ""
+    # Which of this rank's loops over a training loader asks, and the step at which that loop began.
+    loop: Count = 0
+    loop_start: Count = 0
 
 
 class Notice(Message, frozen=True, tag="notice"):

@@ -170,7 +170,6 @@ class Hub:
 
     async def _converse(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         budget, since = float(FLOOD_BURST_BYTES), time.monotonic()
-        last_step = -1
         while True:
             message, num_bytes = await self._receive(reader)
             now = time.monotonic()
@@ -179,7 +178,7 @@ class Hub:
             if budget < 0:
                 raise RefusedClient(f"rank {rank} floods the hub")
             if isinstance(message, Steps):
-                last_step = self._reports(rank, message, last_step)
+                self._reports(rank, message)
             elif isinstance(message, PlanRequest):
                 await self._send(writer, self._answer(rank, message))
             elif isinstance(message, Notice):
@@ -190,15 +189,13 @@ class Hub:
             # A client whose messages are all there already would otherwise never let the others have their turn.
             await asyncio.sleep(0)
 
-    def _reports(self, rank: int, message: Steps, last_step: int) -> int:
+    def _reports(self, rank: int, message: Steps) -> None:
         for step in message.reports:
-            if step.rank != rank or step.step < last_step:
-                raise RefusedClient(f"rank {rank} reports step {step.step} of rank {step.rank} after step {last_step}")
-            last_step = step.step
+            if step.rank != rank:
+                raise RefusedClient(f"rank {rank} reports a step of rank {step.rank}")
             self._see(step)
         if message.lost:
             self._see(Lost(rank=rank, reports=message.lost))
-        return last_step
 
     def _answer(self, rank: int, request: PlanRequest) -> ToWorker:
         answer, events = self.planner.answer(rank, request)

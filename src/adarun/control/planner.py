@@ -34,7 +34,7 @@ class Planner:
         self.controller: Controller | None = None
         self._settings = settings
         self._askers: dict[int, str] = {}
-        self._facts: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self._facts: OrderedDict[int, tuple[int, ...]] = OrderedDict()
         self._first_plan = 0
         self._out: list[Logged] = []
 
@@ -92,17 +92,15 @@ class Planner:
 
     def _disagreement(self, rank: int, request: PlanRequest) -> Refusal | None:
         """Ranks that draw different batches at the same step cannot be given parts of one."""
-        facts = self._facts.setdefault(request.step, (request.global_batch, request.dataset_size))
+        mine = (request.global_batch, request.dataset_size, request.loop, request.loop_start)
+        facts = self._facts.setdefault(request.step, mine)
         if len(self._facts) > FACTS_KEPT:
             self._facts.popitem(last=False)
-        if facts == (request.global_batch, request.dataset_size):
+        if facts == mine:
             return None
-        text = (
-            f"at step {request.step} rank {rank} draws a global batch of {request.global_batch} from {request.dataset_size} "
-            f"samples, another rank one of {facts[0]} from {facts[1]}, so the split stays even"
-        )
+        text = f"at step {request.step} rank {rank} draws {batch_in_words(mine)}, another rank {batch_in_words(facts)}"
         if all(plan.even for plan in self.state.plans):
-            self._emit(Notice(key="disagree", text=text, freezes=True, rank=rank))
+            self._emit(Notice(key="disagree", text=f"{text}, so the split stays even", freezes=True, rank=rank))
             return None
         return Refusal(f"{text}; start the job with --adapt observe")
 
@@ -150,3 +148,11 @@ class Planner:
             self._emit(window)
             self.controller.learn(window)
         return window
+
+
+def batch_in_words(facts: tuple[int, ...]) -> str:
+    """What a rank says of its batch, for a message."""
+    global_batch, dataset_size, loop, loop_start = facts
+    return (
+        f"a global batch of {global_batch} from {dataset_size} samples in its loop {loop}, begun at step {loop_start}"
+    )

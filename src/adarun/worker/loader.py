@@ -55,6 +55,8 @@ class Session:
         # How often the script came back to it from another loader, and why its batches cannot be told apart, if so.
         self.num_resumed = 0
         self.unsure: tuple[str, str] | None = None
+        # Why its batches are only measured, if so.
+        self.unplanned = ""
 
 
 class ShareBatchSampler(BatchSampler):

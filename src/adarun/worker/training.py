@@ -31,6 +31,7 @@ DRAWN_AHEAD = (
     "the script draws its next batch before the backward pass of the last one (a prefetcher, or one backward pass for "
     "several batches), and the two cannot be told apart",
 )
+NO_DDP = "no model is wrapped in DistributedDataParallel, whose averaging the weights of uneven shares count on"
 INTERLEAVED = (
     "interleaved",
     "the script draws from two training loaders in turn, and their batches cannot be told apart",
@@ -60,7 +61,13 @@ class Training:
         # Of the batch drawn last.
         self._session: Session | None = None
         self._split_session = Session(0, training=True)
+        # Whether the script batches by itself: its loaders, if any, are then no business of ours.
+        self._splits = False
+        # All steps, and those under a plan: only the latter must be the same on all ranks.
         self._steps_drawn = 0
+        self._steps_planned = 0
+        # The newest loop under a plan: its number and its first step.
+        self._loop = (0, 0)
         self._passes_at_draw = 0
         self._met_uneven = False
 
@@ -118,7 +125,7 @@ class Training:
         @functools.wraps(original_next)
         def __next__(iterator: _BaseDataLoaderIter) -> Any:  # noqa: N807
             session = getattr(iterator, "_adarun_session", None)
-            if session is None or not session.training or not self._mine():
+            if session is None or not session.training or self._splits or not self._mine():
                 return original_next(iterator)
             self._before_draw(session)
             try:
@@ -150,7 +157,8 @@ class Training:
             )
 
     def _is_training(self) -> bool:
-        return torch.is_grad_enabled() and any(model.training for model in self._models)
+        # Without DDP there is no telling whether a loop trains until it does; its steps are measured all the same.
+        return torch.is_grad_enabled() and (not self._models or any(model.training for model in self._models))
 
     def _notice(self, key: str, text: str, *, freezes: bool) -> None:
         if key not in self._notices:
@@ -176,17 +184,28 @@ class Training:
                 loader.__dict__["batch_sampler"] = ShareBatchSampler(
                     original, self._rank, self._world_size, self._plan_for
                 )
-            session.planned = session.training
+            session.planned = session.training and bool(self._models)
+            if session.planned:
+                session.base = self._steps_planned
+                self._loop = (self._loop[0] + 1, session.base)
             loader.__dict__["batch_sampler"].session = session
         if not session.training:
             self._observer.disturb()
-            return session
-        if reason is not None:
-            self._notice("loader", f"{reason}, so the split stays even", freezes=True)
+        elif not self._models:
+            session.unplanned = NO_DDP
+        else:
+            session.unplanned = reason or ""
         return session
 
     def _plan_for(self, step: int, global_batch: int, dataset_size: int) -> Plan:
-        request = PlanRequest(step=step, global_batch=global_batch, dataset_size=dataset_size, frozen=self._frozen())
+        request = PlanRequest(
+            step=step,
+            global_batch=global_batch,
+            dataset_size=dataset_size,
+            frozen=self._frozen(),
+            loop=self._loop[0],
+            loop_start=self._loop[1],
+        )
         plan = self._client.plan(request)
         self._met_uneven = self._met_uneven or not plan.even
         return plan
@@ -207,11 +226,13 @@ class Training:
         self._observer.begin()
 
     def _after_draw(self, session: Session, batch: Any) -> None:
-        piece = session.pieces.popleft() if session.planned else None
-        if piece is None:
+        if session.planned:
+            piece = session.pieces.popleft()
+            self._steps_planned = max(self._steps_planned, piece.step + 1)
+        else:
             piece = Piece(session.base + session.num_consumed, batch_length(batch), 0, True)
         session.num_consumed += 1
-        self._steps_drawn = max(self._steps_drawn, piece.step + 1)
+        self._steps_drawn += 1
         self._enter(piece)
 
     def _enter(self, piece: Piece) -> None:
@@ -229,25 +250,31 @@ class Training:
 
     def _before_backward(self) -> None:
         """Freeze the split if the batch at hand may not be the one drawn last; fail if the split is uneven already."""
-        if self._session is None or self._session.unsure is None:
+        session = self._session
+        if session is None:
             return
-        key, text = self._session.unsure
-        if self._met_uneven:
-            raise NotExact(f"{text}, yet it is uneven already; start the job with --adapt observe")
-        self._notice(key, f"{text}, so the split stays even", freezes=True)
+        if session.unplanned:
+            self._notice("loader", f"{session.unplanned}, so the split stays even", freezes=True)
+        if session.unsure is not None:
+            key, text = session.unsure
+            if self._met_uneven:
+                raise NotExact(f"{text}, yet the split is uneven already; start the job with --adapt observe")
+            self._notice(key, f"{text}, so the split stays even", freezes=True)
 
     # --- the public API ----------------------------------------------------------------------------------------------
 
     def split(self, batch: Sequence[T]) -> Sequence[T]:
         """This rank's piece of `batch`, the global batch that all ranks drew; begins a step."""
         session = self._split_session
+        if not self._splits:
+            self._splits, self._session = True, None
         self._before_draw(session)
-        step, shares = self._steps_drawn, [1] * self._world_size
+        step, shares = self._steps_planned, [1] * self._world_size
         if self._planned:
             shares = self._plan_for(step, len(batch), 0).shares_for(len(batch))
         piece = cut(batch, shares, self._rank)
         session.num_consumed += 1
-        self._steps_drawn = step + 1
+        self._steps_planned = step + 1
         self._enter(Piece(step, len(piece), len(batch), len(set(shares)) == 1))
         return piece
 

@@ -6,12 +6,13 @@ Usage: python benchmarks/equal.py --minutes 10 --pairs 5
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from statistics import median
 
 import harness
-from harness import Figure, Record, Run, Work
+from harness import SMOKE_BATCH, Figure, Record, Run, Work
 
-STEPS, SMOKE_STEPS = 160, 12
+STEPS, SMOKE_STEPS = 160, 9
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,9 +64,11 @@ def main() -> None:
     smoke = arguments.smoke
     record = Record("equal", smoke)
     options = ["--window", "3"] if smoke else []
-    pairs = measure(Work(SMOKE_STEPS if smoke else STEPS), 1 if smoke else arguments.pairs, options, record)
+    work = Work(SMOKE_STEPS, global_batch=SMOKE_BATCH) if smoke else Work(STEPS)
+    pairs = measure(work, 1 if smoke else arguments.pairs, options, record)
     step = median(step_seconds(pair, "adarun") for pair in pairs)
-    long = harness.run(Work(SMOKE_STEPS if smoke else round(arguments.minutes * 60 / step)), options)
+    steps = SMOKE_STEPS if smoke else round(arguments.minutes * 60 / step)
+    long = harness.run(replace(work, steps=steps), options)
     record.add("adarun, long", long)
     report(pairs, long, smoke=smoke)
 

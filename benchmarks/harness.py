@@ -25,8 +25,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 WORKERS = 2
-GLOBAL_BATCH = 96
-STEPS_PER_EPOCH = 1797 // GLOBAL_BATCH
+GLOBAL_BATCH, SMOKE_BATCH = 96, 24
+STEPS_PER_EPOCH = 1920 // GLOBAL_BATCH  # as train.py makes them
 QUOTA_PERIOD_US = 10_000  # well below a step, so that the slow worker is slow evenly
 
 

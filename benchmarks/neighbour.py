@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import harness
-from harness import GLOBAL_BATCH, Figure, Plan, Record, Run, Work
+from harness import GLOBAL_BATCH, SMOKE_BATCH, Figure, Plan, Record, Run, Work
 
 TOLERANCE = GLOBAL_BATCH // 48  # 2 % of the batch
 
@@ -58,26 +59,31 @@ def busy_neighbour() -> Iterator[None]:
         process.wait()
 
 
-def run(schedule: Schedule, adarun: Sequence[str] | None) -> Run:
+def run(schedule: Schedule, global_batch: int, adarun: Sequence[str] | None) -> Run:
     """Run the work, with the neighbour there for a part of it."""
-    with harness.training(Work(schedule.end), adarun) as started:
+    with harness.training(Work(schedule.end, global_batch=global_batch), adarun) as started:
         started.wait_for(schedule.arrive)
         with busy_neighbour():
             started.wait_for(schedule.leave)
         return started.finish()
 
 
-def windows_to_settle(plans: Sequence[Plan], start: int, stop: int) -> int:
-    """Return which plan begun in a phase is the first from which on all have the phase's final shares, nearly.
+def near(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Return whether two splits are the same but for 2 % of the batch."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= TOLERANCE
 
-    1 is the best possible: the first plan after the change is right already.
+
+def windows_to_settle(plans: Sequence[Plan], start: int, stop: int) -> float:
+    """Return which plan begun in a phase is the first from which on all are near the phase's last.
+
+    1 is the best possible: the first plan after the change is right already. Infinite where the shares stayed as they were.
     """
-    begun = [plan for plan in plans if start <= plan.start < stop]
-    if not begun:
-        raise RuntimeError(f"no window begins in the steps {start} to {stop}")
-    last = begun[-1].shares
-    near = [max(abs(a - b) for a, b in zip(plan.shares, last, strict=True)) <= TOLERANCE for plan in begun]
-    return len(near) if False not in near else len(near) - near[::-1].index(False) + 1
+    before = [plan.shares for plan in plans if plan.start < start]
+    begun = [plan.shares for plan in plans if start <= plan.start < stop]
+    if not begun or near(begun[-1], before[-1]):
+        return math.inf
+    away = [number for number, shares in enumerate(begun, start=1) if not near(shares, begun[-1])]
+    return max(away, default=0) + 1
 
 
 def report(pairs: list[dict[str, Run]], schedule: Schedule, *, smoke: bool) -> None:
@@ -93,7 +99,8 @@ def report(pairs: list[dict[str, Run]], schedule: Schedule, *, smoke: bool) -> N
         rows.append(row)
         if phase != "before":
             windows = [windows_to_settle(pair["adarun"].plans, start, stop) for pair in pairs]
-            name = f"windows until settled, {phase} the neighbour's stay (of {windows})"
+            listed = ", ".join(f"{count:.0f}" for count in windows)
+            name = f"windows until settled, {phase} the neighbour's stay (worst of {listed})"
             figures.append(Figure(name, max(windows), "<= 3", digits=0))
     columns = ["neighbour", "steps", "torchrun ms", "second half", "adarun ms", "second half", "last shares"]
     harness.show_rows(f"a busy neighbour comes and goes, {len(pairs)} pairs", columns, rows, smoke=smoke)
@@ -104,11 +111,11 @@ def main() -> None:
     """Measure and report."""
     arguments = parse_arguments()
     smoke = arguments.smoke
-    schedule, options = (SMOKE, ["--window", "3"]) if smoke else (FULL, [])
+    schedule, batch, options = (SMOKE, SMOKE_BATCH, ["--window", "3"]) if smoke else (FULL, GLOBAL_BATCH, [])
     record = Record("neighbour", smoke)
     pairs: list[dict[str, Run]] = []
     for number in range(1 if smoke else arguments.pairs):
-        pairs.append({"torchrun": run(schedule, None), "adarun": run(schedule, options)})
+        pairs.append({"torchrun": run(schedule, batch, None), "adarun": run(schedule, batch, options)})
         for label, result in pairs[-1].items():
             record.add(label, result, pair=number, arrive=schedule.arrive, leave=schedule.leave)
     report(pairs, schedule, smoke=smoke)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from statistics import median
 
 import harness
-from harness import GLOBAL_BATCH, STEPS_PER_EPOCH, Figure, Record, Run, SlowGroup, Work
+from harness import GLOBAL_BATCH, SMOKE_BATCH, STEPS_PER_EPOCH, Figure, Record, Run, SlowGroup, Work
 
-STEPS, SEARCH_STEPS, SMOKE_STEPS = 160, 90, 12
+STEPS, SEARCH_STEPS, SMOKE_STEPS = 160, 90, 9
 TARGETS = {50: ">= 1.40", 33: ">= 1.80"}
 
 
@@ -111,7 +111,8 @@ def main() -> None:
     record = Record("slow_worker", smoke)
     with harness.slow_group(arguments.quota) as slow:
         if smoke:
-            rounds = measure(Work(SMOKE_STEPS, slow=slow), ideal(arguments.quota), 1, ["--window", "3"], record)
+            work = Work(SMOKE_STEPS, global_batch=SMOKE_BATCH, slow=slow)
+            rounds = measure(work, ideal(arguments.quota), 1, ["--window", "3"], record)
         else:
             best = find_best(slow, record, arguments.quota)
             rounds = measure(Work(STEPS, slow=slow), best, arguments.pairs, [], record)

@@ -21,6 +21,7 @@ from adarun.errors import AdarunError
 from adarun.events import (
     MAX_MESSAGE_BYTES,
     Attached,
+    Decision,
     FromWorker,
     Hello,
     Logged,
@@ -200,7 +201,8 @@ class Hub:
     def _answer(self, rank: int, request: PlanRequest) -> ToWorker:
         answer, events = self.planner.answer(rank, request)
         for event in events:
-            self._log(event)
+            # The planner knows no clock.
+            self._log(msgspec.structs.replace(event, at=time.time()) if isinstance(event, Decision) else event)
         return answer
 
     async def _send(self, writer: asyncio.StreamWriter, message: ToWorker) -> None:

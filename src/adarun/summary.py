@@ -9,17 +9,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from adarun.control.controller import Controller
 from adarun.control.planner import Planner
 from adarun.state import State
 
 
 def summary(planner: Planner, seconds: float, log: Path) -> Group:
     """The summary as something rich can print; `seconds` is the launcher's own time from start to end."""
-    state, controller = planner.state, planner.controller
+    state = planner.state
     lines = [headline(state, seconds)]
     if state.totals:
-        lines.append(gain_line(state, controller, planner.why_even()))
+        lines.append(gain_line(planner))
     lines += [Text(f"  note: {notice.text}") for notice in state.notices.values() if notice.text != planner.why_even()]
     lines.append(Text(f"  log: {log}"))
     return Group(lines[0], *([workers_table(state)] if state.totals else []), *lines[1:])
@@ -56,14 +55,17 @@ def workers_table(state: State) -> Table:
     return table
 
 
-def gain_line(state: State, controller: Controller | None, why_even: str) -> Text:
+def gain_line(planner: Planner) -> Text:
     """What the shares brought, or why they stayed as they were."""
+    state, controller, why_even = planner.state, planner.controller, planner.why_even()
     if state.plan is None:
         return Text(f"  not adapted: {why_even or 'the script draws no batches that adarun can cut'}")
     if controller is None or controller.actual_seconds == 0.0:
         return Text("  not adapted: the run was too short to measure")
     if all(plan.even for plan in state.plans):
         return Text(f"  shares stayed even: {why_even or state.plan.reason}")
+    if planner.scripted:
+        return Text("  shares as given by --shares")
     gain = controller.even_seconds / controller.actual_seconds - 1.0
     error = math.hypot(*controller.model.surprise)
     return Text(f"  estimated gain over the even split: {gain:+.0%} (give or take {error:.0%})")

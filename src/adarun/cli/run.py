@@ -241,8 +241,6 @@ def torchrun_arguments(context: typer.Context, script: str, arguments: list[str]
 def job(arguments: list[str], script: str, runs_dir: Path, adapt: str, window: int, scripted: list[list[int]]) -> int:
     """Run the job and return the exit code."""
     # torch takes 1.5 to 2 s to import: only now is it needed.
-    from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
-
     from adarun.launch import agent  # noqa: PLC0415
     from adarun.launch.record import Recording  # noqa: PLC0415
 
@@ -259,7 +257,7 @@ def job(arguments: list[str], script: str, runs_dir: Path, adapt: str, window: i
         except WorkersFailed as error:
             sys.stderr.write(f"{error}\n")
             recording.exit_code = error.exit_code
-        except SignalException as error:
+        except agent.SignalException as error:
             recording.exit_code = agent.exit_code_of(error)
         except KeyboardInterrupt:
             recording.exit_code = 130

@@ -58,6 +58,11 @@ class Planner:
         self._close_window()
         return self._out
 
+    @property
+    def scripted(self) -> bool:
+        """Whether the user gave the shares."""
+        return bool(self._settings.scripted)
+
     def why_even(self) -> str:
         """Why the split has to stay even, or an empty string."""
         state = self.state

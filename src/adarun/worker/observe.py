@@ -8,7 +8,6 @@ stream, read after the device passed it, so nothing waits for the device.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from typing import Any
@@ -97,13 +96,16 @@ class Observer:
     def _report(self, raw: RawStep) -> Step:
         step, samples, counted, marks = raw
         seconds = [0.0] * 5
-        for (phase, began, event), (_, ended, next_event) in itertools.pairwise(marks):
-            if event is not None and next_event is not None:
-                seconds[phase] += event.elapsed_time(next_event) / 1000.0
+        phase, began, event = marks[0]
+        for mark in marks[1:]:
+            if event is None:
+                seconds[phase] += mark[1] - began
             else:
-                seconds[phase] += ended - began
-        self._spare_events.extend(event for _, _, event in marks if event is not None)
-        data, forward, backward, wait, update = (round(max(0.0, value), 7) for value in seconds)
+                seconds[phase] += max(0.0, event.elapsed_time(mark[2]) / 1000.0)
+            phase, began, event = mark
+        if event is not None:
+            self._spare_events.extend(mark[2] for mark in marks)
+        data, forward, backward, wait, update = [round(value, 7) for value in seconds]
         return Step(
             rank=self.rank,
             step=step,
@@ -113,6 +115,6 @@ class Observer:
             backward=backward,
             wait=wait,
             update=update,
-            ended=round(self._epoch + marks[-1][1], 6),
+            ended=round(self._epoch + began, 6),
             counted=counted,
         )

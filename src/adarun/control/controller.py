@@ -12,7 +12,6 @@ from adarun.control.split import Floats, finish_seconds, min_max_split
 from adarun.events import Decision, Window, apportion
 
 DEAD_BAND = 0.02
-GAIN_ERRORS = 2.0
 WORSE = 0.05
 MIN_WINDOW_STEPS = 20
 MIN_WINDOW_SECONDS = 2.0
@@ -32,6 +31,9 @@ class Controller:
         self.actual_seconds = 0.0
         self.even_seconds = 0.0
         self._num_workers = num_workers
+        # By how many of its errors a gain must be positive. The slowest of n equal but noisy workers looks about
+        # sqrt(2 ln n) errors slow.
+        self._gain_errors = 1.0 + math.sqrt(2.0 * math.log(max(2, num_workers)))
         self._scripted = scripted
         self._num_scripted = 0
         # The shares before the last change, how long a step then took, and how sure that was.
@@ -116,7 +118,7 @@ class Controller:
         before, self._before = self._before, None
         if before is not None and not self.model.jumped:
             old, old_seconds, old_error = before
-            if window.step_seconds > old_seconds * (1.0 + max(WORSE, GAIN_ERRORS * math.hypot(error, old_error))):
+            if window.step_seconds > old_seconds * (1.0 + max(WORSE, self._gain_errors * math.hypot(error, old_error))):
                 self._hold, self._next_hold = self._next_hold, min(MAX_HOLD, 2 * self._next_hold)
                 return old, (
                     f"rolled back: a step takes {window.step_seconds * 1e3:.1f} ms, before the change it took "
@@ -129,7 +131,7 @@ class Controller:
             return now, "kept: this split is the best one"
         if gain <= DEAD_BAND:
             return now, f"kept: the best split would gain {gain:.1%}, which is not worth a change"
-        if gain <= GAIN_ERRORS * error:
+        if gain <= self._gain_errors * error:
             return now, f"kept: a gain of {gain:.1%} is within the noise of {error:.1%}"
         slowest = int(np.argmax(self.model.predict(np.array(now, dtype=np.float64))))
         return best, f"re-split: rank {slowest} holds a step back, a gain of {gain:.0%} is expected"

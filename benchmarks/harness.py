@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.metadata
 import itertools
 import json
 import os
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -105,7 +107,7 @@ class Run:
 
     seconds: list[float]  # of each step, on rank 0
     loss: float
-    parameters: dict[str, torch.Tensor]
+    parameters: dict[str, npt.NDArray[np.float32]]
     plans: list[Plan]  # empty under torchrun
 
     def third_window(self) -> int:
@@ -150,12 +152,12 @@ class Training:
             output = (self.folder / "output").read_text(errors="replace")
             raise RuntimeError(f"the training run failed with code {self.process.returncode}:\n{output[-4000:]}")
         clock = [float(line) for line in (self.folder / "times").read_text().split()]
-        result = torch.load(self.folder / "result", weights_only=True)
+        parameters = dict(np.load(self.folder / "result"))
         runs = self.folder / "runs"
         return Run(
             seconds=[after - before for before, after in itertools.pairwise(clock)],
-            loss=result["loss"],
-            parameters=result["parameters"],
+            loss=float(parameters.pop("loss")),
+            parameters=parameters,
             plans=read_plans(runs) if runs.exists() else [],
         )
 
@@ -211,8 +213,8 @@ def run(work: Work, adarun: Sequence[str] | None = None) -> Run:
 def parameter_difference(one: Run, other: Run) -> float:
     """Return the largest difference between two runs' parameters, relative to the largest value in its tensor."""
     return max(
-        float((tensor - other.parameters[name]).abs().max() / tensor.abs().max())
-        for name, tensor in one.parameters.items()
+        float(np.abs(values - other.parameters[name]).max() / np.abs(values).max())
+        for name, values in one.parameters.items()
     )
 
 
@@ -246,7 +248,7 @@ class Record:
             cores=len(os.sched_getaffinity(0)),
             system=platform.platform(),
             python=platform.python_version(),
-            torch=torch.__version__,
+            torch=importlib.metadata.version("torch"),
         )
 
     def add(self, label: str, result: Run, **more: Any) -> None:

@@ -12,6 +12,7 @@ from adarun.control.split import Floats, finish_seconds, min_max_split
 from adarun.events import Decision, Window, apportion
 
 DEAD_BAND = 0.02
+GAIN_ERRORS = 2.0
 WORSE = 0.05
 MIN_WINDOW_STEPS = 20
 MIN_WINDOW_SECONDS = 2.0
@@ -31,9 +32,6 @@ class Controller:
         self.actual_seconds = 0.0
         self.even_seconds = 0.0
         self._num_workers = num_workers
-        # By how many of its errors a gain must be positive. The slowest of n equal but noisy workers looks about
-        # sqrt(2 ln n) errors slow.
-        self._gain_errors = 1.0 + math.sqrt(2.0 * math.log(max(2, num_workers)))
         self._scripted = scripted
         self._num_scripted = 0
         # The shares before the last change, how long a step then took, and how sure that was.
@@ -105,7 +103,7 @@ class Controller:
     def _error(self, now: list[int], best: list[int]) -> float:
         """How far off the predicted gain may be, relative: the errors of the two workers that it compares."""
         model = self.model
-        errors = np.maximum(model.error, model.surprise)
+        errors = np.hypot(model.error, model.surprise)
         slowest_now = int(np.argmax(model.predict(np.array(now, dtype=np.float64))))
         slowest_then = int(
             np.argmax(model.predict(np.array(best, dtype=np.float64)) * (np.arange(len(best)) != slowest_now))
@@ -116,22 +114,28 @@ class Controller:
         self, window: Window, now: list[int], best: list[int], gain: float, error: float
     ) -> tuple[list[int], str]:
         before, self._before = self._before, None
-        if before is not None and not self.model.jumped:
+        jumped = self.model.jumped
+        if before is not None:
             old, old_seconds, old_error = before
-            if window.step_seconds > old_seconds * (1.0 + max(WORSE, self._gain_errors * math.hypot(error, old_error))):
+            # Who was given more and then jumped did so because of it; who was not has another reason.
+            blamed = not (jumped & (np.array(now) <= np.array(old))).any()
+            if blamed and window.step_seconds > old_seconds * (
+                1.0 + max(WORSE, GAIN_ERRORS * math.hypot(error, old_error))
+            ):
                 self._hold, self._next_hold = self._next_hold, min(MAX_HOLD, 2 * self._next_hold)
                 return old, (
                     f"rolled back: a step takes {window.step_seconds * 1e3:.1f} ms, before the change it took "
                     f"{old_seconds * 1e3:.1f} ms; no new split for {self._hold} windows"
                 )
-        if self._hold > 0 and not self.model.jumped:
+        if self._hold > 0 and (before is not None or not jumped.any()):
             self._hold -= 1
             return now, f"kept: the last change made it worse, {self._hold} more windows before another"
         if best == now:
             return now, "kept: this split is the best one"
         if gain <= DEAD_BAND:
             return now, f"kept: the best split would gain {gain:.1%}, which is not worth a change"
-        if gain <= self._gain_errors * error:
+        # The more workers, the further off is the one that looks slowest.
+        if gain <= math.sqrt(GAIN_ERRORS**2 + 2.0 * math.log(max(1.0, self._num_workers / 2))) * error:
             return now, f"kept: a gain of {gain:.1%} is within the noise of {error:.1%}"
         slowest = int(np.argmax(self.model.predict(np.array(now, dtype=np.float64))))
         return best, f"re-split: rank {slowest} holds a step back, a gain of {gain:.0%} is expected"

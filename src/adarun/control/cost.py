@@ -1,9 +1,9 @@
 """The affine cost model busy_i(k) = a_i + c_i k of every worker, learned window by window.
 
 Bayesian least squares with forgetting. Until a worker was seen at two shares nothing tells a from c; the prior says that a
-tenth of the time, give or take 15 %, is fixed. The part of a change that all workers share (a hotter machine room, a longer
-sequence) is no reason to re-split and is taken out first; a jump of one worker rescales its history instead of wiping it,
-since what made it slower mostly made all of its work slower.
+tenth of the time, give or take three tenths, is fixed. The part of a change that all workers share (a hotter machine room,
+a longer sequence) is no reason to re-split: the history follows it. A jump of one worker rescales its history instead of
+wiping it, since what made it slower mostly made all of its work slower.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from adarun.events import Window
 
 MEMORY = 0.8  # a window's weight against the next one's
 FIXED_PART = 0.1
-FIXED_PART_ERROR = 0.15
-NOISE_FLOOR = 0.01
+FIXED_PART_ERROR = 0.3
+NOISE_FLOOR = 0.005
+FIRST_SURPRISE = 0.03  # before any window could surprise
 JUMP = math.log(1.1)
 JUMP_ERRORS = 4.0
 
@@ -31,8 +32,8 @@ class CostModel:
         self.per_sample: Floats = np.zeros(num_workers)
         # The relative error of a worker's level, and the usual size of what a window brings that the model did not foresee.
         self.error: Floats = np.full(num_workers, np.inf)
-        self.surprise: Floats = np.full(num_workers, NOISE_FLOOR)
-        self.jumped = False
+        self.surprise: Floats = np.full(num_workers, FIRST_SURPRISE)
+        self.jumped = np.zeros(num_workers, dtype=np.bool_)
         self._w, self._wk, self._wkk = np.zeros(num_workers), np.zeros(num_workers), np.zeros(num_workers)
         self._wy, self._wky = np.zeros(num_workers), np.zeros(num_workers)
         self._known = False
@@ -45,24 +46,34 @@ class CostModel:
         """Take in one window."""
         k, y = np.array(window.samples), np.array(window.busy_seconds)
         error = np.maximum(np.array(window.noise), NOISE_FLOOR)
-        self.jumped = False
+        self.jumped = np.zeros(len(k), dtype=np.bool_)
         if self._known:
-            y = y / common_factor(y / self.predict(k))
-            self._rescale_after_jumps(np.log(y / self.predict(k)), error)
+            self._rescale(np.full(len(k), common_factor(y / self.predict(k))))
+            self._rescale_after_jumps(np.log(y / self.predict(k)), error, self._relative_error(k))
         weight = 1.0 / error**2
         for name, value in (("_w", 1.0), ("_wk", k), ("_wkk", k * k), ("_wy", y), ("_wky", k * y)):
             setattr(self, name, MEMORY * getattr(self, name) + weight * value)
         self._fit()
         self._known = True
 
-    def _rescale_after_jumps(self, change: Floats, error: Floats) -> None:
-        jumped = np.abs(change) > np.maximum(JUMP, JUMP_ERRORS * np.maximum(error, self.surprise))
-        scale = np.where(jumped, np.exp(change), 1.0)
-        self._wy *= scale
-        self._wky *= scale
-        self.jumped = bool(jumped.any())
-        seen = np.where(jumped, self.surprise, np.abs(change))
-        self.surprise = np.maximum(NOISE_FLOOR, MEMORY * self.surprise + (1.0 - MEMORY) * seen)
+    def _rescale(self, factor: Floats) -> None:
+        self._wy *= factor
+        self._wky *= factor
+        self.fixed, self.per_sample = self.fixed * factor, self.per_sample * factor
+
+    def _relative_error(self, k: Floats) -> Floats:
+        """How far off a prediction for `k` may be because the fixed part is known badly."""
+        a11, a12, a22 = self._w + 1.0 / FIXED_PART_ERROR**2, self._wk, self._wkk
+        variance = (a22 - 2.0 * k * a12 + k * k * a11) / (a11 * a22 - a12 * a12)
+        error: Floats = np.sqrt(np.maximum(variance, 0.0))
+        return error
+
+    def _rescale_after_jumps(self, change: Floats, error: Floats, foreseen: Floats) -> None:
+        beyond = np.maximum(np.maximum(error, self.surprise), foreseen)
+        self.jumped = np.abs(change) > np.maximum(JUMP, JUMP_ERRORS * beyond)
+        self._rescale(np.where(self.jumped, np.exp(change), 1.0))
+        seen = np.minimum(np.maximum(np.abs(change) - foreseen, 0.0), JUMP)
+        self.surprise = np.maximum(NOISE_FLOOR, np.sqrt(MEMORY * self.surprise**2 + (1.0 - MEMORY) * seen**2))
 
     def _fit(self) -> None:
         level = self._wy / self._w

@@ -18,7 +18,7 @@ from unittest import mock
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import SignalException as SignalException
+from torch.distributed.elastic.multiprocessing import SignalException as SignalException  # noqa: PLC0414 - the command line may not import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher import api
 

@@ -12,7 +12,7 @@ from statistics import median
 import harness
 from harness import GLOBAL_BATCH, SMOKE_BATCH, STEPS_PER_EPOCH, Figure, Record, Run, SlowGroup, Work
 
-STEPS, SEARCH_STEPS, SMOKE_STEPS = 160, 90, 9
+STEPS, SEARCH_STEPS, SMOKE_STEPS = 110, 60, 9
 TARGETS = {50: ">= 1.40", 33: ">= 1.80"}
 
 
@@ -26,9 +26,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def search(cost: Callable[[int], float], start: int) -> dict[int, float]:
-    """Walk downhill from `start` in steps of 4, 2 and 1; return the cost of every point tried."""
+    """Walk downhill from `start` in steps of 2 and 1; return the cost of every point tried."""
     tried = {start: cost(start)}
-    best, stride = start, 4
+    best, stride = start, 2
     while stride:
         for point in (best - stride, best + stride):
             if point not in tried and 0 < point < GLOBAL_BATCH:

@@ -18,7 +18,9 @@ parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--hook", action="store_true")
 parser.add_argument("--sum", action="store_true")
 parser.add_argument("--batchnorm", action="store_true")
-parser.add_argument("--auxiliary", action="store_true", help="a loss that the model keeps aside, as mixtures of experts do")
+parser.add_argument(
+    "--auxiliary", action="store_true", help="a loss that the model keeps aside, as mixtures of experts do"
+)
 parser.add_argument("--checkpointing", action="store_true", help="re-entrant activation checkpointing")
 parser.add_argument("--drop-last", action="store_true")
 parser.add_argument("--break-at", type=int, default=0)
@@ -48,10 +50,11 @@ class Model(nn.Module):
         self.auxiliary = torch.zeros(())
 
     def forward(self, x):
-        if args.checkpointing:
-            hidden = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=True)
-        else:
-            hidden = self.first(x)
+        hidden = (
+            torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=True)
+            if args.checkpointing
+            else self.first(x)
+        )
         hidden = torch.tanh(self.norm(hidden))
         self.auxiliary = 0.1 * hidden.pow(2).mean()
         return self.second(hidden)

@@ -38,10 +38,10 @@ def predicted(model: CostModel, *shares: float) -> list[float]:
 
 def test_the_first_window_is_predicted_again() -> None:
     """After one window the model says what it saw, for the shares it saw."""
-    assert [1.0, 2.0] == pytest.approx(predicted(learned(([32, 32], [1.0, 2.0])), 32, 32))
+    assert pytest.approx(predicted(learned(([32, 32], [1.0, 2.0])), 32, 32)) == [1.0, 2.0]
 
 
-def test_a_tenth_is_taken_for_fixed_until_two_shares_were_seen() -> None:
+def test_a_small_part_is_taken_for_fixed_until_two_shares_were_seen() -> None:
     """One share cannot tell fixed from per-sample cost, so a new worker has a small fixed part, whatever its speed."""
     model = learned(([32, 32], [1.0, 2.0]))
     fixed_parts = model.fixed / model.predict(np.array([32.0, 32.0]))
@@ -71,7 +71,7 @@ def test_no_cost_is_negative() -> None:
 def test_old_windows_are_forgotten() -> None:
     """A worker that drifts by 5 % is predicted at its new level, not at the mean of all it ever did."""
     model = learned(*[([32, 32], [1.0, 1.0])] * 20, *[([32, 32], [1.0, 1.05])] * 20)
-    assert [1.0, 1.05] == pytest.approx(predicted(model, 32, 32), rel=0.005)
+    assert pytest.approx(predicted(model, 32, 32), rel=0.005) == [1.0, 1.05]
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.8, 1.25, 4.0])
@@ -93,7 +93,7 @@ def test_seconds_stay_seconds_after_a_common_change_of_speed(factor: float) -> N
 def test_a_jump_of_one_worker_is_followed_at_once() -> None:
     """A worker that suddenly takes twice as long is predicted at its new level after one window."""
     model = learned(*[([32, 32], [1.0, 1.0])] * 10, ([32, 32], [1.0, 2.0]))
-    assert [1.0, 2.0] == pytest.approx(predicted(model, 32, 32), rel=0.02)
+    assert pytest.approx(predicted(model, 32, 32), rel=0.02) == [1.0, 2.0]
 
 
 def test_a_jump_keeps_what_is_known_of_the_fixed_part() -> None:

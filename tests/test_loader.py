@@ -196,13 +196,13 @@ def test_the_last_batch_of_an_epoch_is_cut_in_proportion() -> None:
     """A last global batch of 8 under shares of 9 to 3 is cut 6 to 2."""
     job = Job(20, 6, 2, False, False, False, 0, [[9, 3]], 10)
     batches, _ = job.under_adarun()
-    assert [[9, 6], [3, 2]] == [[len(batch) for batch in rank] for rank in batches]
+    assert [[len(batch) for batch in rank] for rank in batches] == [[9, 6], [3, 2]]
 
 
 def test_unequal_pieces_are_contiguous_and_equal_ones_are_interleaved() -> None:
     """Uneven shares cut a batch into runs; even ones deal it out as DistributedSampler does."""
-    assert [[0, 1, 2], [3]] == [list(cut(range(4), [3, 1], rank)) for rank in (0, 1)]
-    assert [[0, 2], [1, 3]] == [list(cut(range(4), [2, 2], rank)) for rank in (0, 1)]
+    assert [list(cut(range(4), [3, 1], rank)) for rank in (0, 1)] == [[0, 1, 2], [3]]
+    assert [list(cut(range(4), [2, 2], rank)) for rank in (0, 1)] == [[0, 2], [1, 3]]
 
 
 # --- loaders that cannot be cut ------------------------------------------------------------------------------------------
@@ -251,7 +251,10 @@ def test_a_loader_that_is_cut_already_can_be_cut() -> None:
 @pytest.mark.parametrize(
     ("loader", "reason"),
     [
-        (DataLoader(Stream(), batch_size=4), "the dataset is an IterableDataset, whose samples have no index to share out"),
+        (
+            DataLoader(Stream(), batch_size=4),
+            "the dataset is an IterableDataset, whose samples have no index to share out",
+        ),
         (
             DataLoader(DATA, batch_sampler=OwnBatches(of_rank_0(), 4, drop_last=False)),
             "the loader does its own batching (batch_sampler or batch_size=None)",

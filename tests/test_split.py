@@ -97,14 +97,14 @@ def test_a_fixed_cost_makes_a_share_less_than_proportional() -> None:
     even, total = 48, 96
     fixed, per_sample = floats([0.5, 1.0]), floats([0.5 / even, 1.0 / even])
     shares = min_max_split(fixed, per_sample, total, ints([1, 1]), ints([total, total]))
-    assert [80, 16] == list(shares)
+    assert list(shares) == [80, 16]
     assert shares[1] < total / 3
 
 
 def test_workers_without_fixed_cost_share_in_proportion_to_their_speed() -> None:
     """Two workers at 1 and 2 s per even share get two thirds and one third."""
     shares = min_max_split(floats([0.0, 0.0]), floats([1.0, 2.0]), 96, ints([1, 1]), ints([96, 96]))
-    assert [64, 32] == list(shares)
+    assert list(shares) == [64, 32]
 
 
 def test_ten_thousand_workers_are_split_exactly() -> None:
@@ -144,7 +144,7 @@ def test_apportioned_shares_are_proportional(weights: list[int], extra: int) -> 
 
 def test_apportioning_gives_left_over_samples_to_the_lower_rank_on_a_tie() -> None:
     """Every rank computes the same shares, so a tie is broken by rank."""
-    assert [3, 3, 2, 2] == apportion([1, 1, 1, 1], 10)
+    assert apportion([1, 1, 1, 1], 10) == [3, 3, 2, 2]
 
 
 def test_fewer_samples_than_workers_cannot_be_apportioned() -> None:

@@ -22,6 +22,7 @@ NOISE_FLOOR = 0.005
 FIRST_SURPRISE = 0.03  # before any window could surprise
 JUMP = math.log(1.1)
 JUMP_ERRORS = 4.0
+JUMP_SURPRISE = 0.07  # what a jump counts for: less than it was, so as not to make us deaf to the next one
 
 
 class CostModel:
@@ -72,7 +73,7 @@ class CostModel:
         beyond = np.maximum(np.maximum(error, self.surprise), foreseen)
         self.jumped = np.abs(change) > np.maximum(JUMP, JUMP_ERRORS * beyond)
         self._rescale(np.where(self.jumped, np.exp(change), 1.0))
-        seen = np.minimum(np.maximum(np.abs(change) - foreseen, 0.0), JUMP)
+        seen = np.where(self.jumped, JUMP_SURPRISE, np.maximum(np.abs(change) - foreseen, 0.0))
         self.surprise = np.maximum(NOISE_FLOOR, np.sqrt(MEMORY * self.surprise**2 + (1.0 - MEMORY) * seen**2))
 
     def _fit(self) -> None:

@@ -1,0 +1,5 @@
+"""Fails with an exit code of its own."""
+
+import sys
+
+sys.exit(7)

@@ -159,6 +159,24 @@ def test_own_options() -> None:
     assert [p.opts[0] for p in command.params if getattr(p, "rich_help_panel", None) == run.ADARUN] == OWN
 
 
+def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own option not given takes its value from ADARUN_<its name>, and means the same."""
+    values = ["on", "7", "3,1;1,3", "allow", "sum", "elsewhere"]
+    given = [word for option in zip(OWN, values, strict=True) for word in option]
+    with mock.patch.object(run, "job", side_effect=SystemExit) as job:
+        with pytest.raises(SystemExit):
+            app.app(["run", *given, __file__])
+        passed_on = [{name: os.environ.pop(name) for name in ("ADARUN_BATCHNORM", "ADARUN_LOSS_REDUCTION")}]
+        for option, value in zip(OWN, values, strict=True):
+            monkeypatch.setenv(f"ADARUN_{option[2:].upper().replace('-', '_')}", value)
+        with pytest.raises(SystemExit):
+            app.app(["run", __file__])
+        passed_on.append({name: os.environ[name] for name in passed_on[0]})
+    expected = mock.call([__file__], __file__, Path("elsewhere"), "on", 7, [[3, 1], [1, 3]])
+    assert job.call_args_list == [expected, expected]
+    assert passed_on == [{"ADARUN_BATCHNORM": "allow", "ADARUN_LOSS_REDUCTION": "sum"}] * 2
+
+
 def test_no_script_option_is_taken_for_adaruns() -> None:
     """What stands behind the script is the script's, whatever it is called."""
     arguments = [__file__, "--window", "9", "--shares", "x", "--help", "-m"]

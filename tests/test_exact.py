@@ -72,6 +72,7 @@ def ended(
         if name == "observed":
             cases.append("--until-decided runs")
         job = start(*command, "--standalone", "--nproc-per-node", 2, scripts / "exact.py", out, *cases).wait()
+        assert (job.process.returncode != 0) == (name == "allowed"), job.stderr
         files = {case: [out / f"{number}.{rank}" for rank in RANKS] for number, case in enumerate(names)}
         return Training(job, {case: [torch.load(file) for file in files[case] if file.exists()] for case in names})
 

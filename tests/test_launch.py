@@ -101,7 +101,7 @@ def test_a_signal_ends_the_job(
 def test_a_killed_launcher(start: Callable[..., Job], scripts: Path, tmp_path: Path) -> None:
     """After SIGKILL of the launcher's process group its log is readable, and its workers end at their next plan, saying why."""
     job = start("adarun", *TWO, scripts / "exact.py", tmp_path, "--epochs 1000000")
-    job.until(lambda: len(job.events(Step)) > 20)
+    job.until(lambda: {step.rank for step in job.events(Step)} == {0, 1})
     pids = [event.hello.pid for event in job.events(Attached)]
     os.killpg(job.process.pid, signal.SIGKILL)
     try:
@@ -113,6 +113,7 @@ def test_a_killed_launcher(start: Callable[..., Job], scripts: Path, tmp_path: P
     assert job.wait().process.returncode == -signal.SIGKILL
     assert "HubLost: adarun's launcher is gone" in job.said
     assert isinstance(job.events()[0], RunStarted)
+    assert {step.rank for step in job.events(Step)} == {0, 1}
     assert job.events(RunEnded) == []
     assert {0, 1} == {step.rank for step in job.events(Step)}
 

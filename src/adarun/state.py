@@ -9,12 +9,15 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from adarun.events import Attached, Logged, Notice, Plan, Resources, Step, Window, WorkersStarted
 
 # The first steps of a worker group (allocator, bucket rebuild) and of new shares say little about the later ones.
 WARMUP_STEPS = 5
 SETTLE_STEPS = 1
+# Fewer say nothing.
+MIN_COUNTED_STEPS = 5
 # A step this much longer than the median holds something else than training, say a checkpoint. Both must hold: a CPU quota
 # stalls short steps for many times their length, but never for longer than its period of 0.1 s or so.
 OUTLIER_RATIO = 10.0
@@ -122,33 +125,42 @@ def close_window(state: State) -> Window | None:
 
     Times are means over the steps with the worker's full share, an outlier counted at the limit that makes it one.
     """
-    plan = state.plan
-    if plan is None or len(state.fresh) < state.world_size or state.world_size == 0:
+    measured = newest_measured(state)
+    if measured is None:
         return None
+    plan, tables = measured
     samples, busy, wait, noise, seconds = [], [], [], [], []
-    num_steps = 0
-    for rank in range(state.world_size):
-        rows = state.fresh.get(rank, [])
-        usual = max({row[0] for row in rows}, key=lambda k: sum(row[0] == k for row in rows))
-        table = np.array([row for row in rows if row[0] == usual], dtype=np.float64)
-        if len(table) < 5:
-            return None
+    for table in tables:
         limit = max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 1])))
         times = np.minimum(table[:, 1], limit)
-        samples.append(float(usual))
+        samples.append(float(table[0, 0]))
         busy.append(float(times.mean()))
         wait.append(float(table[:, 2].mean()))
         noise.append(float(times.std(ddof=1) / math.sqrt(len(times)) / times.mean()))
         seconds.append(
             float(np.minimum(table[:, 3], max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 3])))).mean())
         )
-        num_steps = max(num_steps, len(table))
     return Window(
         plan=plan.number,
-        steps=num_steps,
+        steps=max(len(table) for table in tables),
         step_seconds=float(np.mean(seconds)),
         samples=samples,
         busy_seconds=busy,
         wait_seconds=wait,
         noise=noise,
     )
+
+
+def newest_measured(state: State) -> tuple[Plan, list[npt.NDArray[np.float64]]] | None:
+    """The newest plan under whose shares every worker has fresh steps enough, and these steps, a table a worker.
+
+    Reports of one rank may run ahead of another's, so the fresh steps can be of two plans; a window speaks of one.
+    """
+    for plan in reversed(state.plans[-3:]):
+        tables = [
+            np.array([row for row in state.fresh.get(rank, []) if row[0] == share], dtype=np.float64)
+            for rank, share in enumerate(plan.shares)
+        ]
+        if all(len(table) >= MIN_COUNTED_STEPS for table in tables):
+            return plan, tables
+    return None

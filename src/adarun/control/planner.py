@@ -105,7 +105,8 @@ class Planner:
             return None
         text = f"at step {request.step} rank {rank} draws {batch_in_words(mine)}, another rank {batch_in_words(facts)}"
         if all(plan.even for plan in self.state.plans):
-            self._emit(Notice(key="disagree", text=f"{text}, so the split stays even", freezes=True, rank=rank))
+            if "disagree" not in self.state.notices:
+                self._emit(Notice(key="disagree", text=f"{text}, so the split stays even", freezes=True, rank=rank))
             return None
         return Refusal(f"{text}; start the job with --adapt observe")
 

@@ -1,1 +1,0 @@
-python3 "$(dirname "$0")/dump.py" "$@"

@@ -75,7 +75,8 @@ class RunLog:
                 self._write(lines)
 
     def _write(self, lines: list[bytes]) -> None:
-        data = (b"\n" if self._torn else b"") + b"\n".join(lines) + b"\n"
+        lead = b"\n" if self._torn else b""
+        data = lead + b"\n".join(lines) + b"\n"
         written = 0
         try:
             while written < len(data):
@@ -83,10 +84,17 @@ class RunLog:
             self._torn = False
         except OSError as error:
             self._torn = self._torn if written == 0 else not data[:written].endswith(b"\n")
-            lost = len(lines) - data[:written].count(b"\n")
             if self.num_lost == 0:
                 sys.stderr.write(f"adarun: the run log cannot be written ({error}); training goes on without it\n")
-            self.num_lost += max(1, lost)
+            self.num_lost += sum(end > written for end in ends_of(lines, lead))
+
+
+def ends_of(lines: list[bytes], lead: bytes) -> Iterator[int]:
+    """Where in the written bytes each line is whole, its newline not counted."""
+    end = len(lead) - 1
+    for line in lines:
+        end += 1 + len(line)
+        yield end
 
 
 def read(directory: Path) -> Iterator[Logged]:
@@ -105,7 +113,7 @@ def read(directory: Path) -> Iterator[Logged]:
         for line in file:
             try:
                 event = decoder.decode(line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
             if isinstance(event, RunStarted) and event.schema > SCHEMA_VERSION:
                 raise AdarunError(

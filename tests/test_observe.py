@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -102,9 +103,7 @@ def test_the_phases_partition_every_step(steps: list[tuple[int, int, list[tuple[
             began.append(clock.now)
         observer.end()
         reports = drained(observer)
-    assert [step.seconds for step in reports] == [
-        after - before for before, after in zip(began, began[1:], strict=False)
-    ]
+    assert [step.seconds for step in reports] == [after - before for before, after in itertools.pairwise(began)]
     assert [step.data / TICK for step in reports] == [data for data, _, _ in steps]
     for step, (_, forward, marks) in zip(reports, steps, strict=True):
         totals = {phase: sum(ticks for other, ticks in marks if other == phase) for phase in (BACKWARD, WAIT, UPDATE)}

@@ -129,6 +129,20 @@ def test_the_last_shares_are_shown_with_what_they_brought() -> None:
     assert abs(int(found[1]) - 100 * true) <= 3
 
 
+def test_given_shares_claim_no_gain() -> None:
+    """With --shares the summary says whose shares they were, and praises nobody."""
+    text = Job(Settings(scripted=[[3, 1]], window=10)).run(50).text()
+    assert "  shares as given by --shares\n" in text
+    assert "gain" not in text
+
+
+def test_a_run_that_was_restarted_says_what_was_gained_before() -> None:
+    """A restart shortly before the end, after which plans are even again, does not hide what re-splitting brought."""
+    job = Job().run(200)
+    job.start(attempt=1)
+    assert "  estimated gain over the even split: +" in job.run(10).text()
+
+
 def test_shares_that_stayed_even_have_their_reason() -> None:
     """Where there was nothing to gain the summary says so in the words of the last decision."""
     text = Job(slow=1.0).run(100).text()

@@ -144,8 +144,8 @@ class Hub:
             if uid != os.getuid():
                 raise RefusedClient(f"it runs as user {uid}, not {os.getuid()}")
             hello = await self._greet(reader)
-            await self._converse(hello.rank, reader, writer)
-        except (RefusedClient, msgspec.DecodeError, TimeoutError) as error:
+            await self._converse(hello, reader, writer)
+        except (RefusedClient, msgspec.DecodeError, UnicodeDecodeError, RecursionError, TimeoutError) as error:
             reason = str(error) or "it said nothing"
             self._log(Refused(reason=reason, pid=pid, at=time.time()))
             writer.write(frame(Refusal(reason=reason[:2000])))
@@ -169,10 +169,13 @@ class Hub:
         self._see(Attached(hello=hello, at=time.time()))
         return hello
 
-    async def _converse(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _converse(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        rank = hello.rank
         budget, since = float(FLOOD_BURST_BYTES), time.monotonic()
         while True:
             message, num_bytes = await self._receive(reader)
+            if self._workers.get(rank) is not hello:
+                raise RefusedClient(f"rank {rank} is of attempt {hello.attempt}, which is over")
             now = time.monotonic()
             budget = min(FLOOD_BURST_BYTES, budget + (now - since) * FLOOD_BYTES_PER_SECOND) - num_bytes
             since = now
@@ -211,10 +214,19 @@ class Hub:
 
     async def _receive(self, reader: asyncio.StreamReader) -> tuple[FromWorker, int]:
         """The next message and its size in bytes."""
-        num_bytes = int.from_bytes(await reader.readexactly(4), "big")
+        try:
+            num_bytes = int.from_bytes(await reader.readexactly(4), "big")
+        except asyncio.IncompleteReadError as error:
+            if not error.partial:
+                raise  # between two messages anyone may leave
+            raise RefusedClient("it hung up inside a message") from None
         if num_bytes > MAX_MESSAGE_BYTES:
             raise RefusedClient(f"a message of {num_bytes} bytes is over the limit of {MAX_MESSAGE_BYTES}")
-        return self._decoder.decode(await reader.readexactly(num_bytes)), num_bytes + 4
+        try:
+            body = await reader.readexactly(num_bytes)
+        except asyncio.IncompleteReadError:
+            raise RefusedClient("it hung up inside a message") from None
+        return self._decoder.decode(body), num_bytes + 4
 
 
 def peer(writer: asyncio.StreamWriter) -> tuple[int, int]:

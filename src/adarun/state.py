@@ -75,6 +75,7 @@ class State:
     resources: dict[int, Resources] = field(default_factory=dict)
     attached: set[int] = field(default_factory=set)
     num_windows: int = 0
+    ever_uneven: bool = False
     # Counted steps since the last window was closed: rank -> [(samples, busy, wait, seconds)].
     fresh: dict[int, list[tuple[int, float, float, float]]] = field(default_factory=dict)
 
@@ -93,6 +94,7 @@ def fold(state: State, event: Logged) -> State:
             state.fresh.setdefault(event.rank, []).append(measured)
     elif isinstance(event, Plan):
         state.plans.append(event)
+        state.ever_uneven = state.ever_uneven or not event.even
     elif isinstance(event, Window):
         state.num_windows += 1
         state.fresh = {}

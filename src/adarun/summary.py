@@ -62,7 +62,7 @@ def gain_line(planner: Planner) -> Text:
         return Text(f"  not adapted: {why_even or 'the script draws no batches that adarun can cut'}")
     if controller is None or controller.actual_seconds == 0.0:
         return Text("  not adapted: the run was too short to measure")
-    if all(plan.even for plan in state.plans):
+    if not state.ever_uneven:
         return Text(f"  shares stayed even: {why_even or state.plan.reason}")
     if planner.scripted:
         return Text("  shares as given by --shares")

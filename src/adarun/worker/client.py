@@ -11,6 +11,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -63,8 +64,10 @@ class Client:
                 return plan
         try:
             with self._lock:
-                self._send_pending()
-                self._socket.sendall(frame(request))
+                # If the hub hung up, what it said before explains why.
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    self._send_pending()
+                    self._socket.sendall(frame(request))
                 answer = self._decoder.decode(self._receive())
         except TimeoutError:
             raise HubLost(

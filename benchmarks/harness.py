@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,8 @@ class UnavailableError(Exception):
 
 def run_or_skip(main: Callable[[], None]) -> None:
     """Run a benchmark, or say in one line why it cannot run here."""
+    # Unasked, SIGTERM ends Python on the spot: the cgroup and the training run would stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if len(os.sched_getaffinity(0)) < WORKERS:
             raise UnavailableError(f"needs {WORKERS} cores")
@@ -291,11 +294,13 @@ class Figure:
 def show_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, smoke: bool) -> None:
     """Print a table."""
     heading = f"{title} (smoke: the figures mean nothing)" if smoke else title
-    table = Table(*columns, title=heading, title_justify="left")
+    table = Table(*columns)
     for row in rows:
         table.add_row(*row)
     # Wide enough for every column where the output is not a terminal: rich would cut them to 80 characters.
-    Console(width=max(shutil.get_terminal_size().columns, 120)).print(table)
+    console = Console(width=max(shutil.get_terminal_size().columns, 120))
+    console.print(heading)
+    console.print(table)
 
 
 def show_figures(figures: Sequence[Figure], *, smoke: bool) -> None:

@@ -47,15 +47,19 @@ def fixed(slow_share: int) -> list[str]:
 
 def find_best(slow: SlowGroup, record: Record, percent: int) -> int:
     """Search the best fixed split; print one row per split; return the slow worker's share."""
+    applied: dict[int, str] = {}
 
     def epoch_seconds(slow_share: int) -> float:
         result = harness.run(Work(SEARCH_STEPS, slow=slow), fixed(slow_share))
         record.add("search", result, slow_share=slow_share)
+        applied[slow_share] = ",".join(map(str, result.plans[-1].shares))
         return result.mean(result.third_window()) * STEPS_PER_EPOCH
 
     tried = search(epoch_seconds, ideal(percent))
-    rows = [[f"{GLOBAL_BATCH - share},{share}", f"{tried[share]:.3f}"] for share in sorted(tried)]
-    harness.show_rows("search for the best fixed split, one run each", ["split", "s per epoch"], rows, smoke=False)
+    rows = [[fixed(share)[1], applied[share], f"{tried[share]:.3f}"] for share in sorted(tried)]
+    harness.show_rows(
+        "search for the best fixed split, one run each", ["split", "applied", "s per epoch"], rows, smoke=False
+    )
     return min(tried, key=lambda share: tried[share])
 
 

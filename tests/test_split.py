@@ -136,10 +136,15 @@ def test_apportioned_shares_sum_up_and_leave_nobody_without_a_sample(weights: li
 @EXACT
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=50), st.integers(0, 10_000))
 def test_apportioned_shares_are_proportional(weights: list[int], extra: int) -> None:
-    """What is left after one sample each is shared in proportion to the weights, to within a sample."""
-    shares = apportion(weights, len(weights) + extra)
-    for share, weight in zip(shares, weights, strict=True):
-        assert abs(share - 1 - extra * weight / sum(weights)) < 1
+    """Where everybody's part is a sample or more, shares are in proportion to the weights, to within a sample."""
+    total = sum(weights) + extra
+    for share, weight in zip(apportion(weights, total), weights, strict=True):
+        assert abs(share - total * weight / sum(weights)) < 1
+
+
+def test_weights_that_sum_to_the_batch_are_its_shares() -> None:
+    """Shares given as numbers of samples are taken as they are."""
+    assert apportion([90, 6], 96) == [90, 6]
 
 
 def test_apportioning_gives_left_over_samples_to_the_lower_rank_on_a_tie() -> None:

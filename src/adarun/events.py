@@ -32,11 +32,14 @@ def apportion(weights: Sequence[int], total: int) -> list[int]:
     """
     if total < len(weights):
         raise ValueError(f"{total} samples cannot be cut among {len(weights)} workers")
-    whole, spare = sum(weights), total - len(weights)
-    shares = [1 + spare * weight // whole for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda i: -(spare * weights[i] % whole))
-    for i in by_remainder[: total - sum(shares)]:
+    whole = sum(weights)
+    shares = [max(1, total * weight // whole) for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole))
+    for i in by_remainder[: max(0, total - sum(shares))]:
         shares[i] += 1
+    # The ones that were given a sample they had no claim to take it from the largest.
+    for _ in range(sum(shares) - total):
+        shares[shares.index(max(shares))] -= 1
     return shares
 
 

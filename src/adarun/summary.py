@@ -60,6 +60,8 @@ def gain_line(planner: Planner) -> Text:
     state, controller, why_even = planner.state, planner.controller, planner.why_even()
     if state.plan is None:
         return Text(f"  not adapted: {why_even or 'the script draws no batches that adarun can cut'}")
+    if why_even and not state.ever_uneven:
+        return Text(f"  shares stayed even: {why_even}")
     if controller is None or controller.actual_seconds == 0.0:
         return Text("  not adapted: the run was too short to measure")
     if not state.ever_uneven:

@@ -33,10 +33,20 @@ def _options(version: bool = typer.Option(False, "--version", help="Print the ve
 def main() -> None:
     """Entry point of the `adarun` script and of `python -m adarun`."""
     try:
-        app(with_command(sys.argv[1:]), prog_name="adarun")
+        code = app(with_command(sys.argv[1:]), prog_name="adarun", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except AdarunError as error:
         sys.stderr.write(f"adarun: {error}\n")
         sys.exit(error.exit_code)
+    except Exception as error:
+        # typer's own errors are known by this method; which class they have depends on its version.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        text = message()
+        # No command at all: the help is the message.
+        sys.stderr.write(f"{text}\n" if text.startswith("Usage:") else f"adarun: {text} See adarun run --help.\n")
+        sys.exit(2)
 
 
 def with_command(arguments: list[str]) -> list[str]:

@@ -119,7 +119,7 @@ def launch(configured: tuple[Any, Any, list[str]], hub: Hub, log: Log) -> None:
         raise WorkersFailed(str(error).strip()) from None
     except SignalException:
         raise
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError, LookupError) as error:
         raise AdarunError(f"the job could not be started: {type(error).__name__}: {error}") from error
 
 

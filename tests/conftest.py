@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,11 +92,13 @@ class Job:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Job]]:
     """Starts a command that is installed beside this Python, in an environment without traces of another job."""
     jobs: list[Job] = []
+    # pytest's own numbered folders are not for threads.
+    base = tmp_path_factory.mktemp("jobs")
 
     def start(*command: object, **env: str) -> Job:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("ADARUN_", "PET_"))}
         job = Job(
-            tmp_path_factory.mktemp("job"),
+            Path(tempfile.mkdtemp(dir=base)),
             [str(BIN / str(command[0])), *map(str, command[1:])],
             {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
         )

@@ -244,6 +244,18 @@ def test_a_change_that_made_steps_slower_is_rolled_back_and_held() -> None:
     assert all(decision.reason.startswith("kept: the last change made it worse") for decision in job.decisions[2:6])
 
 
+def test_a_neighbour_is_made_room_for_while_a_split_is_held() -> None:
+    """A worker that suddenly takes twice as long is relieved at once, though the last change was taken back just before."""
+    job = Simulation(2, 64)
+    speeds = np.array([1.0, 1.4]) / 32
+    for number in range(6):
+        uneven = job.controller.shares != [32, 32]
+        slow = np.array([1.0, 2.0 if number == 5 else 1.0])
+        job.see(np.tile(slow * speeds * np.array(job.controller.shares), (STEPS, 1)), exchange=0.5 if uneven else 0.0)
+    assert job.decisions[4].reason.startswith("kept: the last change made it worse, 1 more windows")
+    assert job.decisions[5].reason.startswith("re-split: rank 1 holds a step back")
+
+
 def test_each_roll_back_holds_for_longer() -> None:
     """What failed is tried again ever more rarely: after 4, 8, 16 windows."""
     job = Simulation(2, 64)

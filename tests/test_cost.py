@@ -90,6 +90,14 @@ def test_seconds_stay_seconds_after_a_common_change_of_speed(factor: float) -> N
     assert [factor, 1.5 * factor] == pytest.approx(predicted(model, 32, 32), rel=0.02)
 
 
+def test_a_common_change_of_speed_is_no_surprise() -> None:
+    """What all workers go through together makes none of them less trusted."""
+    factors = [1.08 if number % 2 else 1.0 for number in range(40)]
+    together = learned(*[([32, 32], [factor, 1.5 * factor]) for factor in factors])
+    steady = learned(*[([32, 32], [1.0, 1.5])] * 40)
+    assert list(steady.surprise) == list(together.surprise)
+
+
 def test_a_jump_of_one_worker_is_followed_at_once() -> None:
     """A worker that suddenly takes twice as long is predicted at its new level after one window."""
     model = learned(*[([32, 32], [1.0, 1.0])] * 10, ([32, 32], [1.0, 2.0]))

@@ -52,11 +52,14 @@ class Log:
     def __init__(self) -> None:
         self._events: list[Logged] = []
         self._changed = threading.Condition()
+        # What else to do in the hub's thread when it logs something.
+        self.then: Callable[[Logged], None] = lambda _: None
 
     def __call__(self, event: Logged) -> None:
         with self._changed:
             self._events.append(event)
             self._changed.notify_all()
+        self.then(event)
 
     def of(self, kind: Any, at_least: int = 0) -> list[Logged]:
         """All events of a kind so far, once there are as many."""
@@ -304,10 +307,18 @@ def test_reports_and_notices_reach_the_log_in_order(served: Served) -> None:
 def test_closing_sends_what_is_left(served: Served) -> None:
     """The steps that ended since the last sending are reported when the script ends."""
     reports = [Steps(reports=[a_step(0, 5)])]
+    served.client(0, lambda: reports.pop() if reports else None).close()
+    assert served.log.of(Step, 1) == [a_step(0, 5)]
+
+
+def test_a_hub_that_stops_takes_in_what_was_sent(served: Served) -> None:
+    """What a worker sent before it ended is logged, though the hub is stopped right after."""
+    reports = [Steps(reports=[a_step(0, step) for step in range(1000)])]
     client = served.client(0, lambda: reports.pop() if reports else None)
-    client.close()
+    client.plan(request())
+    reports.append(Steps(reports=[a_step(0, step) for step in range(1000, 2000)]))
     served.stop()
-    assert served.log.of(Step) == [a_step(0, 5)]
+    assert served.log.of(Step) == [a_step(0, step) for step in range(2000)]
 
 
 def test_a_notice_is_logged_once_per_job(served: Served) -> None:
@@ -555,7 +566,24 @@ def test_a_client_that_stops_reading_keeps_nobody_waiting() -> None:
             assert isinstance(other.send(request(global_batch=2_000_000)).receive(), Plan)
 
 
-def test_a_client_that_never_stops_sending_keeps_nobody_waiting(served: Served) -> None:
-    """A worker whose messages are all there already does not take the other's turn."""
-    served.raw(hello(0), *[Notice(key="k", text="x")] * 20_000)
-    served.assert_serves_others()
+def test_a_client_that_has_sent_much_leaves_others_their_turn(served: Served) -> None:
+    """A worker whose messages are all there already is not served to the end before another's turn."""
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold(event: Logged) -> None:
+        if isinstance(event, Attached) and event.hello.rank == 0:
+            held.set()
+            assert go_on.wait(PATIENCE_SECONDS)
+
+    served.log.then = hold
+    first = served.raw(hello(0))
+    assert held.wait(PATIENCE_SECONDS)
+    # While the hub is held, all of this arrives in its sockets.
+    first.send(*[Steps(reports=[a_step(0, step)]) for step in range(500)])
+    other = served.raw(hello(1), request())
+    go_on.set()
+    assert isinstance(other.receive(), Plan)
+    first.shut().until_hung_up()
+    events = served.log.of(Step | Plan)
+    assert len(events) == 501
+    assert isinstance(events[-1], Step)

@@ -170,6 +170,19 @@ def test_phases_outside_of_a_step_are_not_recorded(clock: Clock) -> None:
     assert [phases(step) for step in drained(observer)] == [(1, 2, 3, 4, 5)]
 
 
+def test_a_backward_pass_while_a_batch_is_drawn_is_part_of_drawing_it(clock: Clock) -> None:
+    """Until the script has its batch, whatever happens is the time for data."""
+    observer = Observer(0)
+    observer.begin()
+    clock.tick(1)
+    observer.phase(BACKWARD)
+    clock.tick(2)
+    observer.drawn(0, 32)
+    clock.tick(4)
+    observer.end()
+    assert [phases(step) for step in drained(observer)] == [(3, 4, 0, 0, 0)]
+
+
 def test_a_step_with_an_evaluation_in_it_is_not_counted(clock: Clock) -> None:
     """The step in which something else happened says so, and only that one."""
     observer = Observer(0)

@@ -145,7 +145,15 @@ class Hub:
                 raise RefusedClient(f"it runs as user {uid}, not {os.getuid()}")
             hello = await self._greet(reader)
             await self._converse(hello, reader, writer)
-        except (RefusedClient, msgspec.DecodeError, UnicodeDecodeError, RecursionError, TimeoutError) as error:
+        # Before Python 3.11 asyncio has a TimeoutError of its own.
+        except (
+            RefusedClient,
+            msgspec.DecodeError,
+            UnicodeDecodeError,
+            RecursionError,
+            TimeoutError,
+            asyncio.TimeoutError,  # noqa: UP041
+        ) as error:
             reason = str(error) or "it said nothing"
             self._log(Refused(reason=reason, pid=pid, at=time.time()))
             writer.write(frame(Refusal(reason=reason[:2000])))

@@ -152,7 +152,7 @@ class Hub:
             UnicodeDecodeError,
             RecursionError,
             TimeoutError,
-            asyncio.TimeoutError,  # noqa: UP041
+            asyncio.TimeoutError,
         ) as error:
             reason = str(error) or "it said nothing"
             self._log(Refused(reason=reason, pid=pid, at=time.time()))

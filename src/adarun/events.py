@@ -144,8 +144,6 @@ class Plan(Message, frozen=True, tag="plan"):
         """The shares of a batch of another size: the last one of an epoch, or another loader's."""
         if global_batch == sum(self.shares):
             return self.shares
-        if self.even and global_batch % len(self.shares) == 0:
-            return [global_batch // len(self.shares)] * len(self.shares)
         return apportion(self.shares, global_batch)
 
 

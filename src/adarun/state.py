@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from adarun.events import Attached, Logged, Notice, Plan, Resources, Step, Window, WorkersStarted
+from adarun.events import Logged, Notice, Plan, Resources, Step, Window, WorkersStarted
+
+Floats = npt.NDArray[np.float64]
 
 # The first steps of a worker group (allocator, bucket rebuild) and of new shares say little about the later ones.
 WARMUP_STEPS = 5
@@ -73,8 +75,6 @@ class State:
     notices: dict[str, Notice] = field(default_factory=dict)
     totals: dict[int, Totals] = field(default_factory=dict)
     resources: dict[int, Resources] = field(default_factory=dict)
-    attached: set[int] = field(default_factory=set)
-    num_windows: int = 0
     ever_uneven: bool = False
     # Counted steps since the last window was closed: rank -> [(samples, busy, wait, seconds)].
     fresh: dict[int, list[tuple[int, float, float, float]]] = field(default_factory=dict)
@@ -96,13 +96,10 @@ def fold(state: State, event: Logged) -> State:
         state.plans.append(event)
         state.ever_uneven = state.ever_uneven or not event.even
     elif isinstance(event, Window):
-        state.num_windows += 1
         state.fresh = {}
     elif isinstance(event, WorkersStarted):
         state.attempt, state.world_size, state.num_nodes = event.attempt, event.world_size, event.num_nodes
-        state.plans, state.fresh, state.attached, state.notices = [], {}, set(), {}
-    elif isinstance(event, Attached):
-        state.attached.add(event.hello.rank)
+        state.plans, state.fresh, state.notices = [], {}, {}
     elif isinstance(event, Notice):
         state.notices.setdefault(event.key, event)
     elif isinstance(event, Resources):
@@ -133,15 +130,12 @@ def close_window(state: State) -> Window | None:
     plan, tables = measured
     samples, busy, wait, noise, seconds = [], [], [], [], []
     for table in tables:
-        limit = max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 1])))
-        times = np.minimum(table[:, 1], limit)
+        times = capped(table[:, 1])
         samples.append(float(table[0, 0]))
         busy.append(float(times.mean()))
         wait.append(float(table[:, 2].mean()))
         noise.append(float(times.std(ddof=1) / math.sqrt(len(times)) / times.mean()))
-        seconds.append(
-            float(np.minimum(table[:, 3], max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(table[:, 3])))).mean())
-        )
+        seconds.append(float(capped(table[:, 3]).mean()))
     return Window(
         plan=plan.number,
         steps=max(len(table) for table in tables),
@@ -153,7 +147,12 @@ def close_window(state: State) -> Window | None:
     )
 
 
-def newest_measured(state: State) -> tuple[Plan, list[npt.NDArray[np.float64]]] | None:
+def capped(seconds: Floats) -> Floats:
+    """Times of steps, shape (steps,), an outlier brought down to the limit that makes it one."""
+    return np.minimum(seconds, max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(seconds))))
+
+
+def newest_measured(state: State) -> tuple[Plan, list[Floats]] | None:
     """The newest plan under whose shares every worker has fresh steps enough, and these steps, a table a worker.
 
     Reports of one rank may run ahead of another's, so the fresh steps can be of two plans; a window speaks of one.

@@ -35,7 +35,7 @@ class Planner:
         self._settings = settings
         self._askers: dict[int, str] = {}
         self._facts: OrderedDict[int, tuple[int, ...]] = OrderedDict()
-        self._first_plan = 0
+        self._next_number = 0
         self._out: list[Logged] = []
 
     def see(self, event: Logged) -> None:
@@ -113,13 +113,12 @@ class Planner:
     def _next_plan(self, request: PlanRequest) -> Plan:
         assert self.controller is not None
         state, controller, total = self.state, self.controller, request.global_batch
-        number = state.plans[-1].number + 1 if state.plans else self._first_plan
+        number, self._next_number = self._next_number, self._next_number + 1
         start = state.plans[-1].stop if state.plans else 0
         if not state.plans or sum(controller.shares) != total:
             shares, reason = controller.start(total), "even: the first window of these workers"
         else:
             shares, reason = self._decide(total)
-        self._first_plan = number + 1
         steps = self._settings.window or controller.window_steps()
         return Plan(
             number=number,

@@ -109,7 +109,6 @@ def launch(configured: tuple[Any, Any, list[str]], hub: Hub, log: Log) -> None:
         AdarunError: the rendezvous failed.
     """
     config, entrypoint, arguments = configured
-    os.environ.pop("ADARUN_ATTACHED", None)
     os.environ["ADARUN_HUB"] = str(hub.path)
     agent = functools.partial(Agent, hub=hub, log=log)
     try:
@@ -117,8 +116,6 @@ def launch(configured: tuple[Any, Any, list[str]], hub: Hub, log: Log) -> None:
             record(api.launch_agent)(config, entrypoint, arguments)
     except ChildFailedError as error:
         raise WorkersFailed(str(error).strip()) from None
-    except SignalException:
-        raise
     except (ValueError, OSError, RuntimeError, AssertionError, LookupError) as error:
         raise AdarunError(f"the job could not be started: {type(error).__name__}: {error}") from error
 

@@ -22,8 +22,6 @@ FLUSH_SECONDS = 0.4
 # How long a plan may take. The hub answers in well under a millisecond; a launcher that was stopped for a while may come
 # back, and failing is final.
 PLAN_TIMEOUT_SECONDS = 300.0
-# Reports kept while the hub does not read: about a minute of very short steps.
-MAX_PENDING = 1 << 16
 
 
 class Client:
@@ -53,15 +51,18 @@ class Client:
         """Send `message` soon, in order, without waiting."""
         self._outbox.append(message)
 
+    def known_plan(self, step: int) -> Plan | None:
+        """The plan that covers `step` if it is one of the last few that the hub gave."""
+        return next((plan for plan in self._plans if plan.start <= step < plan.stop), None)
+
     def plan(self, request: PlanRequest) -> Plan:
-        """The plan that covers `request.step`; asks the hub unless it is one of the last few.
+        """The plan that covers `request.step`; asks the hub unless it is known.
 
         Raises:
             HubLost: the hub is gone, refused us or did not answer.
         """
-        for plan in self._plans:
-            if plan.start <= request.step < plan.stop:
-                return plan
+        if known := self.known_plan(request.step):
+            return known
         try:
             with self._lock:
                 # If the hub hung up, what it said before explains why.

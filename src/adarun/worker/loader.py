@@ -36,6 +36,12 @@ def cut(batch: Sequence[T], shares: Sequence[int], rank: int) -> Sequence[T]:
     return batch[start : start + shares[rank]]
 
 
+def take(batch: Sequence[T], shares: Sequence[int], rank: int, step: int) -> tuple[Sequence[T], Piece]:
+    """`rank`'s piece of the global batch of `step`, and what there is to remember of it."""
+    piece = cut(batch, shares, rank)
+    return piece, Piece(step, len(piece), len(batch), len(set(shares)) == 1)
+
+
 def global_permutation(sampler: DistributedSampler[Any]) -> list[int]:
     """One epoch of a DistributedSampler as all ranks together see it, padding and dropping included."""
     whole = copy.copy(sampler)
@@ -95,9 +101,9 @@ class ShareBatchSampler(BatchSampler):
             step = session.base + number
             plan = self._plan_for(step, full, len(sampler.dataset))
             shares = plan.shares_for(len(batch))
-            piece = list(cut(batch, shares, self._rank))
-            session.pieces.append(Piece(step, len(piece), len(batch), len(set(shares)) == 1))
-            yield piece
+            indices, piece = take(batch, shares, self._rank, step)
+            session.pieces.append(piece)
+            yield list(indices)
 
 
 def why_not(loader: DataLoader[Any], rank: int, world_size: int) -> str | None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from adarun.events import MAX_REPORTS, Step, Steps
-from adarun.worker.client import MAX_PENDING
+
+# Reports kept while the hub does not read: about a minute of very short steps.
+MAX_PENDING = 1 << 16
 
 DATA, FORWARD, BACKWARD, WAIT, UPDATE = range(5)
 
@@ -31,7 +33,6 @@ class Observer:
         self.rank = rank
         self.cuda = False
         self.lost = 0
-        self.num_closed = 0
         # Moments are logged as Unix times but measured on the monotonic clock, which nobody sets.
         self._epoch = time.time() - time.perf_counter()
         self._marks: list[Mark] = []
@@ -87,7 +88,6 @@ class Observer:
         if self._open is not None:
             step, samples = self._open
             self._closed.append((step, samples, self._counted, [*self._marks, self._mark(phase)]))
-            self.num_closed += 1
             if len(self._closed) > MAX_PENDING:
                 self._closed.popleft()
                 self.lost += 1

@@ -17,7 +17,7 @@ from adarun.errors import NotExact
 from adarun.events import Hello, Notice, Plan, PlanRequest
 from adarun.worker.client import Client
 from adarun.worker.gradients import Backward
-from adarun.worker.loader import Piece, Session, ShareBatchSampler, cut, why_not
+from adarun.worker.loader import Piece, Session, ShareBatchSampler, take, why_not
 from adarun.worker.observe import UPDATE, WAIT, Observer
 
 T = TypeVar("T")
@@ -198,6 +198,9 @@ class Training:
         return session
 
     def _plan_for(self, step: int, global_batch: int, dataset_size: int) -> Plan:
+        # Once a step: what it takes to ask is worked out only when it has to be.
+        if known := self._client.known_plan(step):
+            return known
         request = PlanRequest(
             step=step,
             global_batch=global_batch,
@@ -272,11 +275,11 @@ class Training:
         step, shares = self._steps_planned, [1] * self._world_size
         if self._planned:
             shares = self._plan_for(step, len(batch), 0).shares_for(len(batch))
-        piece = cut(batch, shares, self._rank)
+        samples, piece = take(batch, shares, self._rank, step)
         session.num_consumed += 1
         self._steps_planned = step + 1
-        self._enter(Piece(step, len(piece), len(batch), len(set(shares)) == 1))
-        return piece
+        self._enter(piece)
+        return samples
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

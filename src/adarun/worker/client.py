@@ -53,7 +53,10 @@ class Client:
 
     def known_plan(self, step: int) -> Plan | None:
         """The plan that covers `step` if it is one of the last few that the hub gave."""
-        return next((plan for plan in self._plans if plan.start <= step < plan.stop), None)
+        for plan in reversed(self._plans):
+            if plan.start <= step < plan.stop:
+                return plan
+        return None
 
     def plan(self, request: PlanRequest) -> Plan:
         """The plan that covers `request.step`; asks the hub unless it is known.

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge
 from adarun.worker.observe import BACKWARD, UPDATE, WAIT, Observer
 
 Root = torch.Tensor | GradientEdge
+ENGINE: Any = torch.autograd.Variable._execution_engine
 
 
 class Backward:
@@ -27,53 +28,76 @@ class Backward:
     def __init__(self, observer: Observer) -> None:
         self.weight = 1.0
         self.num_passes = 0
-        # Called before every pass that a script starts; may refuse it.
-        self.before: Callable[[], None] = lambda: None
+        # Called before a pass that a script starts, where there is something to check; may refuse it.
+        self.before: Callable[[], None] | None = None
         self._observer = observer
         self._running = False
+        # Whether a parameter's hook tells that a pass is under way (None: there is no such hook), and did in this one.
+        self._listens: bool | None = None
+        self._heard = False
+        # Callbacks run in the order queued, once every gradient is there: this one comes before DDP's, which waits for the
+        # all-reduce, because DDP queues its own when its last bucket is ready.
+        self._on_ready = functools.partial(observer.phase, WAIT)
         self._original: Callable[..., None] = torch.autograd.backward
 
     def install(self) -> None:
         """Take the place of `torch.autograd.backward` in this process."""
+        original, observer = self._original, self._observer
 
-        @functools.wraps(self._original)
+        @functools.wraps(original)
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-            # Re-entrant checkpointing runs a backward pass inside one: its gradients carry the weight already.
             if self._running:
-                return self._original(tensors, grad_tensors, *args, **kwargs)
-            return self._run(tensors, grad_tensors, args, kwargs)
-
-        torch.autograd.backward = backward
-
-    def _run(self, tensors: Any, seeds: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer, self._running = self._observer, True
-        try:
-            self.before()
-            observer.phase(BACKWARD)
-            # A gradient edge is a tuple too, but one root.
-            roots = (tensors,) if isinstance(tensors, torch.Tensor | GradientEdge) else tuple(tensors)
-            if self.weight != 1.0:
-                # torch still takes the seeds under their old name.
-                seeds = weighted_seeds(roots, kwargs.pop("grad_variables", seeds), self.weight)
-            timed = next((root for root in roots if isinstance(root, torch.Tensor) and root.requires_grad), None)
-            hook: Any = timed.register_hook(self._on_root) if timed is not None else None  # type: ignore[no-untyped-call]
+                # Re-entrant checkpointing runs a backward pass inside one: its gradients carry the weight already. The
+                # parameter's hook may belong to the inner pass, at whose end not all gradients are ready.
+                self._listens = False if self._listens else None
+                return original(tensors, grad_tensors, *args, **kwargs)
+            self._running, hook = True, None
             try:
-                self._original(roots, seeds, *args, **kwargs)
+                if self.before is not None:
+                    self.before()
+                observer.phase(BACKWARD)
+                if self.weight != 1.0:
+                    # torch still takes the seeds under their old name.
+                    tensors = roots_of(tensors)
+                    grad_tensors = weighted_seeds(tensors, kwargs.pop("grad_variables", grad_tensors), self.weight)
+                # A hook on the loss is sure to be called, but costs five times as much as one on a parameter.
+                if not self._listens:
+                    hook = self._hook_root(roots_of(tensors))
+                return original(tensors, grad_tensors, *args, **kwargs)
             finally:
                 if hook is not None:
                     hook.remove()
-        finally:
-            self._running = False
-            self.num_passes += 1
-            observer.phase(UPDATE)
+                # A pass that did not reach the parameter: another may not either.
+                if self._listens and not self._heard:
+                    self._listens = False
+                self._running = self._heard = False
+                self.num_passes += 1
+                observer.phase(UPDATE)
+
+        torch.autograd.backward = backward
+
+    def listen(self, parameter: torch.Tensor) -> None:
+        """Take the gradient of `parameter`, which most backward passes reach, as the sign that one is under way."""
+        if self._listens is None:
+            self._listens = True
+            parameter.register_hook(self._on_parameter)  # type: ignore[no-untyped-call]
+
+    def _hook_root(self, roots: Sequence[Root]) -> Any:
+        timed = next((root for root in roots if isinstance(root, torch.Tensor) and root.requires_grad), None)
+        return timed.register_hook(self._on_root) if timed is not None else None  # type: ignore[no-untyped-call]
+
+    def _on_parameter(self, _gradient: torch.Tensor) -> None:
+        if self._running and self._listens:
+            self._heard = True
+            ENGINE.queue_callback(self._on_ready)
 
     def _on_root(self, _gradient: torch.Tensor) -> None:
-        # Callbacks run in the order queued, once every gradient is there: this one comes before DDP's, which waits for the
-        # all-reduce, because DDP queues its own when its last bucket is ready.
-        torch.autograd.Variable._execution_engine.queue_callback(self._on_ready)
+        ENGINE.queue_callback(self._on_ready)
 
-    def _on_ready(self) -> None:
-        self._observer.phase(WAIT)
+
+def roots_of(tensors: Any) -> Sequence[Root]:
+    """What a backward pass starts from; a gradient edge is a tuple too, but one root."""
+    return (tensors,) if isinstance(tensors, torch.Tensor | GradientEdge) else tuple(tensors)
 
 
 def weighted_seeds(roots: Sequence[Root], seeds: Any, weight: float) -> list[torch.Tensor | None]:

@@ -5,41 +5,43 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import msgspec
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from adarun.events import Plan
 
-T = TypeVar("T")
 
-
-class Piece(NamedTuple):
-    """One rank's part of the global batch of one step."""
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """One rank's part of the global batch of one step, and the weight of its mean gradient in the update."""
 
     step: int
     samples: int
-    global_batch: int
-    even: bool
+    weight: float = 1.0
 
 
-def cut(batch: Sequence[T], shares: Sequence[int], rank: int) -> Sequence[T]:
-    """`rank`'s piece of the global batch.
+class Cut(NamedTuple):
+    """Where in a global batch one rank's piece lies: batch[first:stop:stride]."""
+
+    first: int
+    stop: int
+    stride: int
+    weight: float
+
+
+def cut(shares: Sequence[int], rank: int) -> Cut:
+    """`rank`'s piece of a global batch.
 
     Under equal shares it is every n-th sample, just what DistributedSampler would have given this rank: a run in which
     nothing was changed is torchrun's to the bit. Otherwise it is a contiguous piece of the same set.
     """
+    total = sum(shares)
     if len(set(shares)) == 1:
-        return batch[rank :: len(shares)]
-    start = sum(shares[:rank])
-    return batch[start : start + shares[rank]]
-
-
-def take(batch: Sequence[T], shares: Sequence[int], rank: int, step: int) -> tuple[Sequence[T], Piece]:
-    """`rank`'s piece of the global batch of `step`, and what there is to remember of it."""
-    piece = cut(batch, shares, rank)
-    return piece, Piece(step, len(piece), len(batch), len(set(shares)) == 1)
+        return Cut(rank, total, len(shares), 1.0)
+    first = sum(shares[:rank])
+    return Cut(first, first + shares[rank], 1, shares[rank] * len(shares) / total)
 
 
 def global_permutation(sampler: DistributedSampler[Any]) -> list[int]:
@@ -81,7 +83,7 @@ class ShareBatchSampler(BatchSampler):
         self._world_size = world_size
         self._plan_for = plan_for
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         # Taken, not kept, by the loader's patch: a multi-process iterator asks for two iterations and uses the second.
         session = self.session
         if session is None or not session.planned:
@@ -91,19 +93,21 @@ class ShareBatchSampler(BatchSampler):
     def __len__(self) -> int:
         return len(self.original)
 
-    def _pieces(self, session: Session) -> Iterator[list[int]]:
+    def _pieces(self, session: Session) -> Iterator[Sequence[int]]:
         sampler: Any = self.original.sampler
         order = global_permutation(sampler)
-        full = self.original.batch_size * self._world_size
-        stop = len(order) - len(order) % full if self.original.drop_last else len(order)
-        for number, start in enumerate(range(0, stop, full)):
-            batch = order[start : min(start + full, stop)]
-            step = session.base + number
-            plan = self._plan_for(step, full, len(sampler.dataset))
-            shares = plan.shares_for(len(batch))
-            indices, piece = take(batch, shares, self._rank, step)
-            session.pieces.append(piece)
-            yield list(indices)
+        full, size = self.original.batch_size * self._world_size, len(sampler.dataset)
+        end = len(order) - len(order) % full if self.original.drop_last else len(order)
+        until = session.base
+        for step, start in enumerate(range(0, end, full), session.base):
+            # The cut is the same for all full batches of a plan; only the last batch may be smaller.
+            if step >= until or start + full > end:
+                plan = self._plan_for(step, full, size)
+                until = plan.stop
+                first, stop, stride, weight = cut(plan.shares_for(min(full, end - start)), self._rank)
+            indices = order[start + first : start + stop : stride]
+            session.pieces.append(Piece(step, len(indices), weight))
+            yield indices
 
 
 def why_not(loader: DataLoader[Any], rank: int, world_size: int) -> str | None:

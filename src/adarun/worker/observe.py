@@ -8,6 +8,7 @@ stream, read after the device passed it, so nothing waits for the device.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from typing import Any
@@ -21,9 +22,10 @@ MAX_PENDING = 1 << 16
 
 DATA, FORWARD, BACKWARD, WAIT, UPDATE = range(5)
 
-# step, samples, counted, marks; a mark is (the phase that begins here, host seconds, CUDA event or None).
-Mark = tuple[int, float, Any]
-RawStep = tuple[int, int, bool, list[Mark]]
+# step, samples, counted, seconds by phase (five), the host's clock at its end, and on CUDA the marks: (phase, event) each.
+# Flat, since the garbage collector then need not look at those that wait to be sent.
+Marks = list[tuple[int, Any]]
+RawStep = tuple[int, int, bool, float, float, float, float, float, float, Marks | None]
 
 
 class Observer:
@@ -35,26 +37,44 @@ class Observer:
         self.lost = 0
         # Moments are logged as Unix times but measured on the monotonic clock, which nobody sets.
         self._epoch = time.time() - time.perf_counter()
-        self._marks: list[Mark] = []
-        self._open: tuple[int, int] | None = None
+        # Of the open step: the phase that runs, since when, and the sums so far; on CUDA all marks instead.
+        self._phase, self._since = DATA, 0.0
+        self._seconds = [0.0] * 5
+        self._marks: Marks | None = None
+        self._open = False
+        self._step = self._samples = 0
         self._counted = True
         self._closed: deque[RawStep] = deque()
         self._spare_events: deque[Any] = deque()
 
+    # The next three run in every step: what they share is written out, since each call in Python costs up to a microsecond.
+
     def begin(self) -> None:
         """The script draws its next batch: the step before ends here."""
-        self._close(DATA)
-        self._marks = [self._mark(DATA)]
+        now = time.perf_counter()
+        if self._open:
+            self._close(now)
+        self._phase, self._since, self._counted, self._seconds = DATA, now, True, [0.0] * 5
+        if self.cuda:
+            self._marks = [(DATA, self._event())]
 
     def drawn(self, step: int, samples: int) -> None:
         """The batch is there."""
-        self._open = (step, samples)
-        self._marks.append(self._mark(FORWARD))
+        now = time.perf_counter()
+        self._seconds[DATA] += now - self._since
+        self._phase, self._since = FORWARD, now
+        self._open, self._step, self._samples = True, step, samples
+        if self._marks is not None:
+            self._marks.append((FORWARD, self._event()))
 
     def phase(self, phase: int) -> None:
         """Another phase begins inside the open step."""
-        if self._open is not None:
-            self._marks.append(self._mark(phase))
+        if self._open:
+            now = time.perf_counter()
+            self._seconds[self._phase] += now - self._since
+            self._phase, self._since = phase, now
+            if self._marks is not None:
+                self._marks.append((phase, self._event()))
 
     def disturb(self) -> None:
         """Something that is not training happens inside this step: do not draw conclusions from it."""
@@ -62,14 +82,17 @@ class Observer:
 
     def end(self) -> None:
         """The loop over the loader is over, so the open step is."""
-        self._close(UPDATE)
+        if self._open:
+            self._close(time.perf_counter())
+        self._counted = True
 
     def drain(self) -> Steps | None:
         """The finished steps since the last call, at most `MAX_REPORTS`; None if there are none."""
         reports: list[Step] = []
         while self._closed and len(reports) < MAX_REPORTS:
             raw = self._closed[0]
-            if raw[3][-1][2] is not None and not raw[3][-1][2].query():
+            marks = raw[-1]
+            if marks is not None and not marks[-1][1].query():
                 break
             reports.append(self._report(self._closed.popleft()))
         if not reports and not self.lost:
@@ -77,44 +100,40 @@ class Observer:
         lost, self.lost = self.lost, 0
         return Steps(reports=reports, lost=lost)
 
-    def _mark(self, phase: int) -> Mark:
-        if not self.cuda:
-            return (phase, time.perf_counter(), None)
+    def _event(self) -> Any:
         event = self._spare_events.popleft() if self._spare_events else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
-        return (phase, time.perf_counter(), event)
+        return event
 
-    def _close(self, phase: int) -> None:
-        if self._open is not None:
-            step, samples = self._open
-            self._closed.append((step, samples, self._counted, [*self._marks, self._mark(phase)]))
-            if len(self._closed) > MAX_PENDING:
-                self._closed.popleft()
-                self.lost += 1
-        self._open, self._counted, self._marks = None, True, []
+    def _close(self, now: float) -> None:
+        seconds = self._seconds
+        seconds[self._phase] += now - self._since
+        if self._marks is not None:
+            self._marks.append((UPDATE, self._event()))
+        self._closed.append((self._step, self._samples, self._counted, *seconds, now, self._marks))  # type: ignore[arg-type]
+        self._open = False
+        if len(self._closed) > MAX_PENDING:
+            self._closed.popleft()
+            self.lost += 1
 
     def _report(self, raw: RawStep) -> Step:
-        step, samples, counted, marks = raw
-        seconds = [0.0] * 5
-        phase, began, event = marks[0]
-        for mark in marks[1:]:
-            if event is None:
-                seconds[phase] += mark[1] - began
-            else:
-                seconds[phase] += max(0.0, event.elapsed_time(mark[2]) / 1000.0)
-            phase, began, event = mark
-        if event is not None:
-            self._spare_events.extend(mark[2] for mark in marks)
-        data, forward, backward, wait, update = [round(value, 7) for value in seconds]
+        step, samples, counted, data, forward, backward, wait, update, ended, marks = raw
+        if marks is not None:
+            seconds = [0.0] * 5
+            for (phase, began), (_, until) in itertools.pairwise(marks):
+                seconds[phase] += max(0.0, began.elapsed_time(until) / 1000.0)
+            self._spare_events.extend(event for _, event in marks)
+            data, forward, backward, wait, update = seconds
+        # Tenths of a microsecond are enough for the log; round() takes five times as long.
         return Step(
             rank=self.rank,
             step=step,
             samples=samples,
-            data=data,
-            forward=forward,
-            backward=backward,
-            wait=wait,
-            update=update,
-            ended=round(self._epoch + began, 6),
+            data=int(data * 1e7 + 0.5) / 1e7,
+            forward=int(forward * 1e7 + 0.5) / 1e7,
+            backward=int(backward * 1e7 + 0.5) / 1e7,
+            wait=int(wait * 1e7 + 0.5) / 1e7,
+            update=int(update * 1e7 + 0.5) / 1e7,
+            ended=int((self._epoch + ended) * 1e6 + 0.5) / 1e6,
             counted=counted,
         )

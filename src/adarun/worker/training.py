@@ -17,7 +17,7 @@ from adarun.errors import NotExact
 from adarun.events import Hello, Notice, Plan, PlanRequest
 from adarun.worker.client import Client
 from adarun.worker.gradients import Backward
-from adarun.worker.loader import Piece, Session, ShareBatchSampler, take, why_not
+from adarun.worker.loader import Piece, Session, ShareBatchSampler, cut, why_not
 from adarun.worker.observe import UPDATE, WAIT, Observer
 
 T = TypeVar("T")
@@ -61,6 +61,8 @@ class Training:
         # Of the batch drawn last.
         self._session: Session | None = None
         self._split_session = Session(0, training=True)
+        self._split_session.planned = True
+        self._even_plan = Plan(number=0, start=0, stop=1, shares=[1] * hello.world_size)
         # Whether the script batches by itself: its loaders, if any, are then no business of ours.
         self._splits = False
         # All steps, and those under a plan: only the latter must be the same on all ranks.
@@ -77,7 +79,6 @@ class Training:
         """Patch torch in this process. Every patch calls the original, and does nothing in a forked child."""
         global current  # noqa: PLW0603 - there is one training loop a process
         current = self
-        self._backward.before = self._before_backward
         self._backward.install()
         self._patch_ddp()
         self._patch_loader()
@@ -125,7 +126,7 @@ class Training:
         @functools.wraps(original_next)
         def __next__(iterator: _BaseDataLoaderIter) -> Any:  # noqa: N807
             session = getattr(iterator, "_adarun_session", None)
-            if session is None or not session.training or self._splits or not self._mine():
+            if session is None or not session.training or self._splits or current is not self:
                 return original_next(iterator)
             self._before_draw(session)
             try:
@@ -133,7 +134,10 @@ class Training:
             except StopIteration:
                 self._after_last(session)
                 raise
-            self._after_draw(session, batch)
+            if session.planned:
+                self._after_draw(session, session.pieces.popleft())
+            else:
+                self._after_draw(session, Piece(session.base + session.num_consumed, batch_length(batch)))
             return batch
 
         patch(DataLoader, "__iter__", __iter__)
@@ -148,6 +152,8 @@ class Training:
             for module in model.modules()
             if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
         ]
+        if trained := [parameter for parameter in model.parameters() if parameter.requires_grad]:
+            self._backward.listen(trained[-1])
         self._observer.cuda = any(p.is_cuda for p in model.parameters())
         if torch.distributed.get_world_size(model.process_group) != self._world_size:
             self._notice(
@@ -214,6 +220,13 @@ class Training:
         return plan
 
     def _before_draw(self, session: Session) -> None:
+        # In most steps the script goes on drawing from the same loader, having learned from its last batch.
+        if session is not self._session or self._backward.num_passes == self._passes_at_draw:
+            self._look_closer(session)
+        self._backward.before = self._before_backward if session.unplanned or session.unsure else None
+        self._observer.begin()
+
+    def _look_closer(self, session: Session) -> None:
         last, self._session = self._session, session
         passed = self._backward.num_passes != self._passes_at_draw
         if not passed:
@@ -226,28 +239,21 @@ class Training:
         # Only the first two draws can tell: a loop that skips a batch later on still trains on the batch it drew last.
         elif session.num_consumed == 1 and not passed:
             session.unsure = DRAWN_AHEAD
-        self._observer.begin()
 
-    def _after_draw(self, session: Session, batch: Any) -> None:
-        if session.planned:
-            piece = session.pieces.popleft()
-            self._steps_planned = max(self._steps_planned, piece.step + 1)
-        else:
-            piece = Piece(session.base + session.num_consumed, batch_length(batch), 0, True)
+    def _after_draw(self, session: Session, piece: Piece) -> None:
         session.num_consumed += 1
         self._steps_drawn += 1
-        self._enter(piece)
-
-    def _enter(self, piece: Piece) -> None:
+        if session.planned and piece.step >= self._steps_planned:
+            self._steps_planned = piece.step + 1
         self._passes_at_draw = self._backward.num_passes
-        weighted = self._weighted and not piece.even
-        self._backward.weight = piece.samples * self._world_size / piece.global_batch if weighted else 1.0
+        if self._weighted:
+            self._backward.weight = piece.weight
         self._observer.drawn(piece.step, piece.samples)
 
     def _after_last(self, session: Session) -> None:
         self._observer.end()
         if session.num_consumed == 1 and self._backward.num_passes == self._passes_at_draw:
-            session.unsure = DRAWN_AHEAD
+            session.unsure, self._backward.before = DRAWN_AHEAD, self._before_backward
         # What the script trains on between two loops is not a piece of anything.
         self._backward.weight = 1.0
 
@@ -272,13 +278,12 @@ class Training:
         if not self._splits:
             self._splits, self._session = True, None
         self._before_draw(session)
-        step, shares = self._steps_planned, [1] * self._world_size
+        step, plan = self._steps_planned, self._even_plan
         if self._planned:
-            shares = self._plan_for(step, len(batch), 0).shares_for(len(batch))
-        samples, piece = take(batch, shares, self._rank, step)
-        session.num_consumed += 1
-        self._steps_planned = step + 1
-        self._enter(piece)
+            plan = self._plan_for(step, len(batch), 0)
+        first, stop, stride, weight = cut(plan.shares_for(len(batch)), self._rank)
+        samples = batch[first:stop:stride]
+        self._after_draw(session, Piece(step, len(samples), weight))
         return samples
 
     @contextmanager

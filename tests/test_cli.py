@@ -143,6 +143,14 @@ def test_a_pet_variable_means_what_it_means_to_torchrun(dest: str, monkeypatch: 
     assert getattr(default, dest) != getattr(expected, dest)
 
 
+@pytest.mark.parametrize(
+    "given", [["--stand"], ["--max-r", "4"], ["--rdzv_b=c10d"], ["--nproc-p", "3"], ["--mod"], ["--duplicate-stdo=x"]]
+)
+def test_an_abbreviation_means_what_it_means_to_torchrun(given: list[str]) -> None:
+    """The beginning of an option's name stands for it where only one of torchrun's begins so."""
+    assert meaning([*given, *SCRIPT]) == meaning(handed_on([*given, *SCRIPT]))
+
+
 def test_what_is_launched_is_what_torchrun_would_launch(tmp_path: Path) -> None:
     """Config, program and arguments that come of a command line are those that torchrun makes of it."""
     rendezvous = ["--nnodes", "2:3", "--rdzv-backend", "c10d", "--rdzv_endpoint=localhost:29411", "--rdzv_id", "7"]
@@ -207,6 +215,8 @@ REFUSED = {
     "an option without its value": (["--log-dir"], "--log-dir"),
     "nnodes": (["--nnodes", "a:b", __file__], "'a'"),
     "nproc": (["--nproc-per-node", "many", __file__], "Unsupported nproc_per_node value: many"),
+    "rendezvous": (["--rdzv-backend", "nope", __file__], "there is no rendezvous backend nope; torch has c10d, etcd,"),
+    "an ambiguous abbreviation": (["--rdzv", "c10d", __file__], "--rdzv"),
     "start method": (["--start-method", "nope", __file__], "invalid choice: 'nope'"),
     "restarts": (["--max-restarts", "x", __file__], "invalid int value: 'x'"),
     "redirects": (["--redirects", "9", __file__], "9 does not match"),

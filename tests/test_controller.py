@@ -150,10 +150,10 @@ def test_a_difference_beyond_the_dead_band_is_acted_upon() -> None:
 
 def test_a_decision_says_what_it_was_made_of() -> None:
     """A re-split is logged with the shares before, proposed and chosen, the fitted costs, the gain, and the worker to blame."""
-    costs = cost([1.0, 2.0], 0.1, 32)
+    costs = cost([1.0, 2.0], 0.02, 32)
     first = Simulation(2, 64).run(lambda _: costs, 1).decisions[0]
     assert first.before == [32, 32]
-    assert [44, 20] == first.proposed == first.chosen
+    assert [43, 21] == first.proposed == first.chosen
     assert pytest.approx([a + c * 32 for a, c in zip(first.fixed_seconds, first.sample_seconds, strict=True)]) == [
         1.0,
         2.0,
@@ -313,10 +313,11 @@ def replay(name: str, steps_per_window: int, even: int) -> tuple[Simulation, flo
     return job, even_seconds / actual_seconds
 
 
-def test_a_real_straggler_is_relieved() -> None:
-    """On a production job with one slow worker of four, even shares take at least 1.90 times as long as the chosen ones."""
-    _, gain = replay("bytedance-AR.csv", 2, 256)
-    assert gain >= 1.90
+@pytest.mark.parametrize("steps_per_window", [2, 4])
+def test_a_real_straggler_is_relieved(steps_per_window: int) -> None:
+    """On a production job with one slow worker of four, even shares take at least 1.92 times as long as the chosen ones."""
+    _, gain = replay("bytedance-AR.csv", steps_per_window, 256)
+    assert gain >= 1.92
 
 
 @pytest.mark.parametrize("steps_per_window", [2, 4, 8])

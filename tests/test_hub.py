@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import stat
@@ -459,6 +460,23 @@ def test_the_peer_is_who_the_kernel_says(served: Served) -> None:
     """A refused client is logged with its own process id, not with one that it claims."""
     served.raw(request()).refusal()
     assert [event.pid for event in served.log.of(Refused, 1) if isinstance(event, Refused)] == [os.getpid()]
+
+
+def test_a_plan_that_is_refused_is_logged_with_its_reason(served: Served) -> None:
+    """A worker that asks for what cannot be planned is told why, and the log says it too."""
+    client = served.raw(hello(0), request(global_batch=1))
+    told = client.receive()
+    assert isinstance(told, Refusal)
+    assert told.reason == "a global batch of 1 cannot be shared by 2 workers"
+    assert served.log.reasons(1) == [told.reason]
+
+
+@pytest.mark.parametrize("ended", [math.nan, math.inf, -1.0])
+def test_a_moment_that_no_log_can_hold_is_refused(ended: float, served: Served) -> None:
+    """A step that ended at no time at all does not reach the log, whose line nobody could read."""
+    client = served.raw(hello(0), Steps(reports=[msgspec.structs.replace(a_step(0, 7), ended=ended)]))
+    assert "ended" in client.refusal()
+    assert served.log.of(Step) == []
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Positive = Annotated[int, Meta(ge=1, lt=1 << 40)]
 Seconds = Annotated[float, Meta(ge=0.0, lt=1e9)]
+# A Unix time; the bounds also keep out what JSON cannot say.
+Moment = Annotated[float, Meta(ge=0.0, lt=1e12)]
 Text = Annotated[str, Meta(max_length=2000)]
 
 
@@ -80,7 +82,7 @@ class Step(Message, frozen=True, tag="step"):
     backward: Seconds
     wait: Seconds
     update: Seconds
-    ended: float
+    ended: Moment
     counted: bool = True
 
     @property

@@ -214,6 +214,8 @@ class Hub:
         for event in events:
             # The planner knows no clock.
             self._log(msgspec.structs.replace(event, at=time.time()) if isinstance(event, Decision) else event)
+        if isinstance(answer, Refusal):
+            self._log(Refused(reason=answer.reason, pid=self._workers[rank].pid, at=time.time()))
         return answer
 
     async def _send(self, writer: asyncio.StreamWriter, message: ToWorker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich.console import Group
@@ -69,5 +68,5 @@ def gain_line(planner: Planner) -> Text:
     if planner.scripted:
         return Text("  shares as given by --shares")
     gain = controller.even_seconds / controller.actual_seconds - 1.0
-    error = math.hypot(*controller.model.surprise)
+    error = controller.gain_error
     return Text(f"  estimated gain over the even split: {gain:+.0%} (give or take {error:.0%})")

@@ -20,10 +20,23 @@ from adarun.errors import UsageError, WorkersFailed
 
 TORCHRUN = "torchrun's options"
 ADARUN = "adarun's options"
+# Filled as typer reads the signature below.
+TORCHRUN_NAMES: set[str] = set()
+
+
+def spelled_out(token: str) -> str:
+    """An option's name as it is defined: with dashes, and whole where its beginning can be only one of torchrun's."""
+    name = token.replace("_", "-")
+    if len(name) < 2 or name in TORCHRUN_NAMES:
+        return name
+    matches = [known for known in TORCHRUN_NAMES if known.startswith(name)]
+    return matches.pop() if len(matches) == 1 else name
+
+
 CONTEXT = {
     "allow_interspersed_args": False,
     "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "token_normalize_func": spelled_out,
     "max_content_width": 100,
 }
 
@@ -52,6 +65,7 @@ class LossReduction(str, Enum):
 
 def torchrun(text: str, *names: str) -> Any:
     """An option of torchrun's; torch's own parser gives it its meaning, default and PET_* variable."""
+    TORCHRUN_NAMES.add(names[0][2:])
     return typer.Option(*names, help=text, rich_help_panel=TORCHRUN, show_default=False)
 
 

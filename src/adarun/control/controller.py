@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from adarun.control.cost import CostModel
+from adarun.control.cost import NOISE_FLOOR, CostModel
 from adarun.control.split import Floats, finish_seconds, min_max_split
 from adarun.events import Decision, Window, apportion
 
 DEAD_BAND = 0.02
-GAIN_ERRORS = 2.0
-WORSE = 0.05
+GAIN_ERRORS = 2.5
+# A change that turns out so much worse, and beyond its error, is taken back.
+WORSE = 0.01
+# After so many windows a change that is neither better nor worse stays.
+TRIAL_WINDOWS = 8
+# How much step times are taken to vary from window to window before they have shown it.
+FIRST_SPREAD = 0.02
+SPREAD_MEMORY = 0.9
 MIN_WINDOW_STEPS = 20
 MIN_WINDOW_SECONDS = 2.0
 MAX_WINDOW_STEPS = 1_000_000
 FIRST_HOLD = 4
 MAX_HOLD = 64
+
+
+@dataclass
+class Trial:
+    """Shares that a change has left, to go back to, and how long a step took under them, relative to `CostModel.common`."""
+
+    shares: list[int]
+    seconds: float
+    error: float
 
 
 class Controller:
@@ -34,8 +50,12 @@ class Controller:
         self._num_workers = num_workers
         self._scripted = scripted
         self._num_scripted = 0
-        # The shares before the last change, how long a step then took, and how sure that was.
-        self._before: tuple[list[int], float, float] | None = None
+        # Step times of the windows under the present shares, relative to `CostModel.common`.
+        self._times: list[float] = []
+        # The variance of their logarithms from window to window.
+        self._times_variance = FIRST_SPREAD**2
+        self._trial: Trial | None = None
+        self._failed: list[int] = []
         self._hold = 0
         self._next_hold = FIRST_HOLD
 
@@ -47,8 +67,10 @@ class Controller:
 
     def start(self, global_batch: int) -> list[int]:
         """The first shares of a worker group, and all that it may have while it is frozen: even ones."""
-        self.shares = apportion([1] * self._num_workers, global_batch)
-        self._before = None
+        even = apportion([1] * self._num_workers, global_batch)
+        if even != self.shares:
+            self._times, self._trial = [], None
+        self.shares = even
         return self.shares
 
     def next_scripted(self, global_batch: int) -> list[int] | None:
@@ -64,6 +86,7 @@ class Controller:
         """Take in what was measured under the present shares."""
         self.model.learn(window)
         self.step_seconds = window.step_seconds
+        self._take_time(window.step_seconds / self.model.common)
         # What the even split would have taken: the same step but for its longest busy time.
         samples = np.array(window.samples)
         even = np.full(self._num_workers, samples.sum() / self._num_workers)
@@ -83,11 +106,9 @@ class Controller:
         # Everything of a step that is not the longest busy time stays as it is.
         rest = max(0.0, window.step_seconds - now_seconds)
         gain = (now_seconds + rest) / (best_seconds + rest) - 1.0
-        error = self._error(now, best)
-        chosen, reason = self._choose(window, now, best, gain, error)
+        chosen, reason = self._choose(best, gain)
         if chosen != now:
-            self._before = (now, window.step_seconds, error)
-            self.shares = chosen
+            self.shares, self._times = chosen, []
         return Decision(
             plan=window.plan,
             before=now,
@@ -96,46 +117,83 @@ class Controller:
             fixed_seconds=[round(float(a), 9) for a in model.fixed],
             sample_seconds=[round(float(c), 12) for c in model.per_sample],
             gain=round(gain, 6),
-            gain_error=round(error, 6),
+            gain_error=round(self._error(now, best), 6),
             reason=reason,
         )
+
+    @property
+    def gain_error(self) -> float:
+        """How far off the estimated gain over the even split may be, relative."""
+        return self._error(apportion([1] * self._num_workers, sum(self.shares)), self.shares)
 
     def _error(self, now: list[int], best: list[int]) -> float:
         """How far off the predicted gain may be, relative: the errors of the two workers that it compares."""
         model = self.model
-        errors = np.hypot(model.error, model.surprise)
         slowest_now = int(np.argmax(model.predict(np.array(now, dtype=np.float64))))
         slowest_then = int(
             np.argmax(model.predict(np.array(best, dtype=np.float64)) * (np.arange(len(best)) != slowest_now))
         )
-        return float(math.hypot(errors[slowest_now], errors[slowest_then]))
+        return float(math.hypot(model.error[slowest_now], model.error[slowest_then]))
 
-    def _choose(
-        self, window: Window, now: list[int], best: list[int], gain: float, error: float
-    ) -> tuple[list[int], str]:
-        before, self._before = self._before, None
-        jumped = self.model.jumped
-        if before is not None:
-            old, old_seconds, old_error = before
-            # Who was given more and then jumped did so because of it; who was not has another reason.
-            blamed = not (jumped & (np.array(now) <= np.array(old))).any()
-            if blamed and window.step_seconds > old_seconds * (
-                1.0 + max(WORSE, GAIN_ERRORS * math.hypot(error, old_error))
-            ):
-                self._hold, self._next_hold = self._next_hold, min(MAX_HOLD, 2 * self._next_hold)
-                return old, (
-                    f"rolled back: a step takes {window.step_seconds * 1e3:.1f} ms, before the change it took "
-                    f"{old_seconds * 1e3:.1f} ms; no new split for {self._hold} windows"
-                )
-        if self._hold > 0 and (before is not None or not jumped.any()):
+    def _choose(self, best: list[int], gain: float) -> tuple[list[int], str]:
+        now, changed = self.shares, self._unrelated_change()
+        if changed:
+            # Times from before it are of another machine.
+            self._times, self._trial = self._times[-1:], None
+            self._hold = 0
+        elif self._trial is not None and (reason := self._judge(self._trial)):
+            back, self._failed, self._trial = self._trial.shares, now, None
+            return back, reason
+        if self._hold > 0:
             self._hold -= 1
             return now, f"kept: the last change made it worse, {self._hold} more windows before another"
         if best == now:
             return now, "kept: this split is the best one"
         if gain <= DEAD_BAND:
             return now, f"kept: the best split would gain {gain:.1%}, which is not worth a change"
+        error = self._error(now, best)
         # The more workers, the further off is the one that looks slowest.
         if gain <= math.sqrt(GAIN_ERRORS**2 + 2.0 * math.log(max(1.0, self._num_workers / 2))) * error:
             return now, f"kept: a gain of {gain:.1%} is within the noise of {error:.1%}"
+        if self._trial is None:
+            self._trial = Trial(now, float(np.mean(self._times)), self._times_error())
         slowest = int(np.argmax(self.model.predict(np.array(now, dtype=np.float64))))
         return best, f"re-split: rank {slowest} holds a step back, a gain of {gain:.0%} is expected"
+
+    def _take_time(self, seconds: float) -> None:
+        if self._times and not self.model.changed.any():
+            squared = math.log(seconds / self._times[-1]) ** 2 / 2.0
+            # An accident says little of the usual.
+            squared = min(squared, 9.0 * self._times_variance)
+            self._times_variance = SPREAD_MEMORY * self._times_variance + (1.0 - SPREAD_MEMORY) * squared
+        self._times.append(seconds)
+
+    def _unrelated_change(self) -> bool:
+        """Whether a worker changed for another reason than what was tried."""
+        tried, usual = self.shares, self.shares
+        if self._trial is not None:
+            usual = self._trial.shares
+        elif self._hold > 0:
+            tried = self._failed
+        # Who was given more and became slower did so because of it, and when it is taken back becomes faster again.
+        others = np.array(tried) <= np.array(usual)
+        return bool((self.model.changed & others).any())
+
+    def _judge(self, trial: Trial) -> str:
+        """Why the trial is to be taken back, or an empty string; ends it if it is known to be none the worse."""
+        seconds = float(np.mean(self._times))
+        change, error = seconds / trial.seconds - 1.0, math.hypot(trial.error, self._times_error())
+        if change > max(WORSE, GAIN_ERRORS * error):
+            self._hold, self._next_hold = self._next_hold, min(MAX_HOLD, 2 * self._next_hold)
+            scale = self.model.common * 1e3
+            return (
+                f"rolled back: a step takes {seconds * scale:.1f} ms, before the change it took "
+                f"{trial.seconds * scale:.1f} ms; no new split for {self._hold} windows"
+            )
+        if change < -GAIN_ERRORS * error or len(self._times) >= TRIAL_WINDOWS:
+            self._trial = None
+        return ""
+
+    def _times_error(self) -> float:
+        """The relative error of the mean of `_times`."""
+        return math.sqrt(max(self._times_variance, NOISE_FLOOR**2) / len(self._times))

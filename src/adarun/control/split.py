@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 def finish_seconds(fixed: Floats, per_sample: Floats, shares: Sequence[int] | Ints) -> float:

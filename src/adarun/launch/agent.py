@@ -20,6 +20,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException as SignalException  # noqa: PLC0414 - the command line may not import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 from torch.distributed.launcher import api
 
 from adarun.errors import AdarunError, UsageError, WorkersFailed
@@ -91,6 +92,11 @@ def configure(arguments: list[str]) -> tuple[Any, Any, list[str]]:
         except (ValueError, AssertionError, RuntimeError) as error:
             raise UsageError(f"{error}; see adarun run --help") from None
     config, entrypoint, entrypoint_args = launched
+    # torch finds this out only when the job is under way.
+    if config.rdzv_backend not in (backends := rendezvous_handler_registry._registry):
+        raise UsageError(
+            f"there is no rendezvous backend {config.rdzv_backend}; torch has {', '.join(sorted(backends))}"
+        )
     return config, run_script_path if entrypoint is torchrun.run_script_path else entrypoint, entrypoint_args
 
 

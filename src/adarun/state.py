@@ -24,6 +24,10 @@ MIN_COUNTED_STEPS = 5
 # stalls short steps for many times their length, but never for longer than its period of 0.1 s or so.
 OUTLIER_RATIO = 10.0
 OUTLIER_SECONDS = 0.25
+# A worker has changed inside a window if its mean steps before and after differ by so much, and by so many standard errors:
+# the largest of 40 places reaches 3 in pure noise.
+CHANGE_RATIO = 1.1
+CHANGE_ERRORS = 6.0
 
 
 @dataclass
@@ -128,6 +132,9 @@ def close_window(state: State) -> Window | None:
     if measured is None:
         return None
     plan, tables = measured
+    # What was before a change says nothing of what comes, and a mean over both speaks of neither.
+    num_last = min(steps_since_change(capped(table[:, 1])) for table in tables)
+    tables = [table[-num_last:] for table in tables]
     samples, busy, wait, noise, seconds = [], [], [], [], []
     for table in tables:
         times = capped(table[:, 1])
@@ -150,6 +157,22 @@ def close_window(state: State) -> Window | None:
 def capped(seconds: Floats) -> Floats:
     """Times of steps, shape (steps,), an outlier brought down to the limit that makes it one."""
     return np.minimum(seconds, max(OUTLIER_SECONDS, OUTLIER_RATIO * float(np.median(seconds))))
+
+
+def steps_since_change(seconds: Floats) -> int:
+    """How many of the last steps belong together: all of them, or those after the place where they changed most."""
+    count = len(seconds)
+    first = np.arange(MIN_COUNTED_STEPS, count - MIN_COUNTED_STEPS + 1)
+    if not len(first):
+        return count
+    sums, squares = np.cumsum(seconds), np.cumsum(seconds**2)
+    before, after = sums[first - 1] / first, (sums[-1] - sums[first - 1]) / (count - first)
+    within = squares[-1] - first * before**2 - (count - first) * after**2
+    error = np.sqrt(np.maximum(within, 0.0) / (count - 2) * (1.0 / first + 1.0 / (count - first)))
+    errors = np.abs(after - before) / np.maximum(error, 1e-12)
+    at = int(np.argmax(errors))
+    ratio = max(after[at] / before[at], before[at] / after[at])
+    return count - int(first[at]) if errors[at] > CHANGE_ERRORS and ratio > CHANGE_RATIO else count
 
 
 def newest_measured(state: State) -> tuple[Plan, list[Floats]] | None:

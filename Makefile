@@ -24,10 +24,8 @@ lint: $(VENV)/.with-dev  ## ruff and mypy
 	$(BIN)/mypy --strict
 
 smoke: $(VENV)/.with-dev  ## run every benchmark for a few seconds: do they still work?
-	$(BIN)/python benchmarks/slow_worker.py --smoke
-	$(BIN)/python benchmarks/neighbour.py --smoke
-	$(BIN)/python benchmarks/equal.py --smoke
-	$(BIN)/python benchmarks/overhead.py --smoke
+	@set -e; for name in slow_worker neighbour equal overhead tune policies split; do \
+	  echo "benchmarks/$$name.py --smoke"; $(BIN)/python benchmarks/$$name.py --smoke; done
 
 man: $(VENV)/.with-dev  ## write man/*.1 from the command line's own definition
 	$(BIN)/python scripts/make_man.py

@@ -151,7 +151,8 @@ class Training:
 
     def finish(self) -> Run:
         """Wait for the end; return what the run left."""
-        if self.process.wait():
+        # torch was seen to abort in a worker's own tear-down, under either launcher, after all was trained and written.
+        if self.process.wait() and not (self.folder / "result").exists():
             output = (self.folder / "output").read_text(errors="replace")
             raise RuntimeError(f"the training run failed with code {self.process.returncode}:\n{output[-4000:]}")
         clock = [float(line) for line in (self.folder / "times").read_text().split()]
@@ -246,7 +247,7 @@ class Record:
         self.path = Path(os.devnull) if self.smoke else file
         if not self.smoke:
             file.parent.mkdir(exist_ok=True)
-        self._write(
+        self.write(
             type="machine",
             time=datetime.datetime.now().isoformat(timespec="seconds"),
             command=[Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -259,7 +260,7 @@ class Record:
 
     def add(self, label: str, result: Run, **more: Any) -> None:
         """Keep one run."""
-        self._write(
+        self.write(
             type="run",
             label=label,
             **more,
@@ -268,7 +269,8 @@ class Record:
             step_us=[round(seconds * 1e6) for seconds in result.seconds],
         )
 
-    def _write(self, **row: Any) -> None:
+    def write(self, **row: Any) -> None:
+        """Keep a row."""
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -123,6 +123,8 @@ def main() -> None:
             times.write(f"{clock:.6f}\n")
     if first:
         save_result(arguments.result, network, data)
+    # A worker whose peers are still at work was seen to abort in torch's own tear-down, under either launcher.
+    dist.barrier()
     dist.destroy_process_group()
 
 

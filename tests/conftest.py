@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,20 @@ BIN = Path(sys.executable).parent
 TIMEOUT = 180.0
 
 
+# What a worker says when torch aborts it in its own tear-down, after all is done; seen now and then with torch 2.13 and gloo,
+# under torchrun as under adarun.
+ABORTED = "terminate called without an active exception"
+
+
 class Job:
     """A command that runs in `folder`, so that adarun's run log is below it too."""
 
     def __init__(self, folder: Path, command: list[str], env: dict[str, str]) -> None:
-        self.folder = folder
+        self.folder, self._command, self._env = folder, command, env
+        self._begin()
+
+    def _begin(self) -> None:
+        folder, command, env = self.folder, self._command, self._env
         with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -60,7 +70,11 @@ class Job:
         return self
 
     def succeed(self) -> Job:
-        """To the end of the command, which must be a good one."""
+        """To the end of the command, which must be a good one; one that torch's tear-down has failed may try again, once."""
+        if self.wait().process.returncode and ABORTED in self.stderr:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            self._begin()
         assert self.wait().process.returncode == 0, f"{self.process.args}\n{self.stdout}\n{self.stderr}"
         return self
 

@@ -48,17 +48,18 @@ def test_own_batches_are_cut_unevenly(learned: dict[str, tuple[Job, dict]]) -> N
 
 def test_public_names() -> None:
     """The public names are these and no others."""
-    assert adarun.__all__ == ["__version__", "active", "split", "waiting"]
+    assert adarun.__all__ == ["__version__", "active", "checkpointed", "split", "waiting"]
 
 
 def test_a_plain_process_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without adarun, `active` is False, `split` gives the whole batch, and `waiting` does nothing."""
+    """Without adarun, `active` is False, `split` gives the whole batch, and the others do nothing."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert False is adarun.active()
     assert list(adarun.split([3, 1, 2])) == [3, 1, 2]
     with adarun.waiting() as nothing:
         assert None is nothing
+    assert None is adarun.checkpointed()
 
 
 def test_split_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.argparse_util import check_env, env
 import adarun
 from adarun.cli import app, run
 from adarun.launch import agent
+from adarun.policies import Tuning
 from conftest import Job
 
 # For each of torch's options a value that is not its default.
@@ -54,7 +55,8 @@ SAMPLES = {
     "shutdown_timeout": "11",
     "virtual_local_rank": None,
 }
-OWN = ["--adapt", "--window", "--shares", "--batchnorm", "--loss-reduction", "--runs-dir"]
+OWN = ["--adapt", "--window", "--shares", "--max-share", "--batchnorm", "--loss-reduction"]
+OWN += ["--tune", "--tune-epochs", "--policy", "--runs-dir"]
 SCRIPT = [__file__, "--nnodes", "7", "-m", "--", "rest"]
 
 
@@ -169,7 +171,8 @@ def test_own_options() -> None:
 
 def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An own option not given takes its value from ADARUN_<its name>, and means the same."""
-    values = ["on", "7", "3,1;1,3", "allow", "sum", "elsewhere"]
+    values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere"]
+    monkeypatch.setattr(run.secrets, "randbits", lambda _: 5)
     given = [word for option in zip(OWN, values, strict=True) for word in option]
     with mock.patch.object(run, "job", side_effect=SystemExit) as job:
         with pytest.raises(SystemExit):
@@ -180,7 +183,9 @@ def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit):
             app.app(["run", __file__])
         passed_on.append({name: os.environ[name] for name in passed_on[0]})
-    expected = mock.call([__file__], __file__, Path("elsewhere"), "on", 7, [[3, 1], [1, 3]])
+    settings = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
+    tuning = Tuning(["OMP_NUM_THREADS=1", "OMP_NUM_THREADS=2"], "ucb", 5, 9)
+    expected = mock.call([__file__], __file__, Path("elsewhere"), "on", 7, [[3, 1], [1, 3]], 40, settings, tuning)
     assert job.call_args_list == [expected, expected]
     assert passed_on == [{"ADARUN_BATCHNORM": "allow", "ADARUN_LOSS_REDUCTION": "sum"}] * 2
 
@@ -210,6 +215,14 @@ REFUSED = {
         ["--shares", "3,1", "--adapt", "observe", __file__],
         "--shares changes the split, which --adapt observe",
     ),
+    "a knob that is nowhere": (["--tune", "width=1,2", __file__], "the script's arguments have no {width}"),
+    "an unknown policy": (
+        ["--tune", "A=1,2", "--policy", "nope", __file__],
+        "there is no policy nope; there are thompson,",
+    ),
+    "a negative share": (["--max-share", "-1", __file__], "--max-share -1 is negative"),
+    "negative epochs": (["--tune-epochs", "-1", __file__], "--tune-epochs -1 is negative"),
+    "tuning on two nodes": (["--tune", "A=1,2", "--nnodes", "2", __file__], "--tune restarts the workers of one node"),
     "unknown adapt": (["--adapt", "maybe", __file__], "--adapt"),
     "an unknown option": (["--nope", __file__], "--nope"),
     "an option without its value": (["--log-dir"], "--log-dir"),

@@ -161,6 +161,16 @@ def test_a_decision_says_what_it_was_made_of() -> None:
     assert f"re-split: rank 1 holds a step back, a gain of {first.gain:.0%} is expected" == first.reason
 
 
+def test_no_worker_gets_more_than_the_user_allows() -> None:
+    """With --max-share 40 the fast worker gets 40 samples and no more, and the decision says so."""
+    job = Simulation(2, 64)
+    job.controller = Controller(2, max_share=40)
+    job.controller.start(64)
+    job.run(lambda _: cost([1.0, 3.0], 0.1, 32), 10)
+    assert job.shares[-1] == [40, 24]
+    assert job.decisions[0].reason.endswith("; rank 0 may have no more than 40 samples")
+
+
 # --- no lasting difference -----------------------------------------------------------------------------------------------
 
 

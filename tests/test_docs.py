@@ -22,7 +22,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text()
 # Options of other programs that the documentation names.
-FOREIGN_OPTIONS = {"--extra-index-url", "--epochs", "--help"}
+FOREIGN_OPTIONS = {
+    "--extra-index-url",
+    "--batch-size",
+    "--checkpoint",
+    "--epochs",
+    "--help",
+    "--smoke",
+    "--quota",
+    "--pairs",
+}
 
 
 def without_code(text: str) -> str:

@@ -74,9 +74,7 @@ def ended(
         cases = [f"{CASES[case]} {then}" for case in names]
         if name == "observed":
             cases.append("--until-decided runs")
-        # With the store that torch's launcher shares, restarted workers may meet the old ones' addresses: pytorch#135712.
-        env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if name == "restarted" else {}
-        job = start(*command, "--standalone", "--nproc-per-node", 2, scripts / "exact.py", out, *cases, **env).wait()
+        job = start(*command, "--standalone", "--nproc-per-node", 2, scripts / "exact.py", out, *cases).wait()
         assert (job.process.returncode != 0) == (name == "allowed"), job.stderr
         files = {case: [out / f"{number}.{rank}" for rank in RANKS] for number, case in enumerate(names)}
         return Training(job, {case: [torch.load(file) for file in files[case] if file.exists()] for case in names})

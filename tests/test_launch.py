@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from adarun.events import Attached, Plan, RunEnded, RunStarted, Step, WorkersEnded, WorkersStarted
+from adarun.events import Attached, Plan, RunEnded, RunStarted, Step, Tuned, WorkersEnded, WorkersStarted
 from conftest import Job
 
 # Their values are drawn anew for each job.
@@ -84,6 +85,14 @@ def test_failing_workers_are_restarted_and_reported(start: Callable[..., Job], s
     assert [event.exit_code for event in job.events(RunEnded)] == [1]
 
 
+def test_restarted_workers_meet_in_a_store_of_their_own(start: Callable[..., Job], scripts: Path) -> None:
+    """Each attempt's workers get a new store, in which no address of workers that are gone can be found."""
+    job = start("adarun", *TWO, "--max-restarts", 2, scripts / "fail.py").wait()
+    ports = re.findall(r"attempt (\d) port (\d+)", job.stdout)
+    assert {attempt for attempt, _ in ports} == {"0", "1", "2"}
+    assert len({port for _, port in ports}) == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_ends_the_job(
     number: signal.Signals, start: Callable[..., Job], scripts: Path, tmp_path: Path
@@ -127,3 +136,58 @@ def test_a_rank_that_cannot_attach(start: Callable[..., Job], scripts: Path, tmp
     assert [len(step) for step in results[0]["drawn"]] == [len(step) for step in results[1]["drawn"]]
     assert {(8, 8)} == {tuple(plan.shares) for plan in job.events(Plan)}
     assert job.said.count("rank 1 has not asked for a plan") == 1
+
+
+TURNS = """
+from adarun.control.policy import certain
+
+
+class Turns:
+    def __init__(self, rng):
+        self.tried = set()
+
+    def choose(self, situation, options):
+        left = [index for index in range(len(options)) if index not in self.tried]
+        return certain(left[0] if left else situation.incumbent, options, "its turn")
+
+    def learn(self, situation, choice, reward):
+        self.tried.add(choice)
+"""
+
+
+@pytest.fixture
+def turns(tmp_path: Path) -> str:
+    """A folder in which another package brings a policy that tries each setting once."""
+    (tmp_path / "turns.py").write_text(TURNS)
+    about = tmp_path / "turns-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: turns\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[adarun.policies]\nturns = turns:Turns\n")
+    return str(tmp_path)
+
+
+def test_settings_are_tried_by_restarts_after_a_checkpoint(
+    start: Callable[..., Job], scripts: Path, turns: str
+) -> None:
+    """Under --tune a script is restarted with other arguments and variables, goes on from its checkpoint, and ends well."""
+    tuned = ("--tune", "batch_size=8,16", "--tune", "VARIABLE=a,b", "--tune-epochs", 10**7, "--policy", "turns")
+    script = (scripts / "resume.py", "--settings", 4, "--batch-size", "{batch_size}")
+    job = start("adarun", *TWO, *tuned, "--log-dir", "logs", "--tee", 1, *script, PYTHONPATH=turns).succeed()
+    trained = [line.split("epoch ")[1].split() for line in job.stdout.splitlines() if "epoch " in line]
+    epochs = [int(epoch) for epoch, *_ in trained]
+    # An epoch whose checkpoint was not yet whole when the workers were stopped is trained once more.
+    assert sorted(set(epochs)) == list(range(1, epochs[-1] + 1))
+    assert {tuple(setting) for _, *setting in trained} == {("8", "a"), ("8", "b"), ("16", "a"), ("16", "b")}
+    restarts = [event for event in job.events(Tuned) if event.restart]
+    assert len(restarts) >= 3
+    assert [event.attempt for event in job.events(WorkersStarted)] == list(range(len(restarts) + 1))
+    assert [event.state for event in job.events(WorkersEnded)] == ["RETUNED"] * len(restarts) + ["SUCCEEDED"]
+    assert f"{len(restarts)} restarts took" in job.said
+    assert len(list((job.folder / "logs").glob("*/attempt_*"))) == len(restarts) + 1
+
+
+def test_a_script_without_checkpoints_is_not_restarted(start: Callable[..., Job], scripts: Path) -> None:
+    """Without a checkpoint nothing is tried, and the summary says why."""
+    job = start("adarun", *TWO, "--tune", "VARIABLE=a,b", scripts / "resume.py", "--no-checkpoint").succeed()
+    assert len(job.events(WorkersStarted)) == 1
+    assert job.said.count("no checkpoint was seen") == 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adarun.control.planner import Planner, Settings
-from adarun.events import Decision, Logged, Notice, Plan, PlanRequest, Refusal, Step, Window, WorkersStarted
+from adarun.events import Decision, Logged, Notice, Plan, PlanRequest, Refusal, Resources, Step, Window, WorkersStarted
 from adarun.state import OUTLIER_SECONDS, State, close_window, fold
 
 BATCH = 64
@@ -122,6 +122,16 @@ def test_a_plan_is_never_changed() -> None:
 def test_the_first_plan_is_even() -> None:
     """Nothing is known of the workers before their first window, so all have the same share."""
     assert Job().plan(0, 0).shares == [32, 32]
+
+
+def test_a_gpus_memory_bounds_the_share_of_its_worker() -> None:
+    """A worker whose GPU is 70 % full gets no share for which more than 90 % is foreseen."""
+    job = Job()
+    first = job.window()
+    gigabyte = 1 << 30
+    job.see(Resources(0, 1.0, gigabyte, 0.0, 0.9, 7 * gigabyte, 10 * gigabyte))
+    allowed = int(first.shares[0] * 9 / 7)
+    assert [allowed] * 3 == [job.window().shares[0] for _ in range(3)]
 
 
 def test_the_slow_worker_is_given_less_after_its_first_window() -> None:

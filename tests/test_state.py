@@ -38,5 +38,3 @@ def test_noise_is_no_change(noise: float) -> None:
     rng = np.random.default_rng(0)
     lengths = {steps_since_change(1.0 + noise * rng.standard_normal(40)) for _ in range(500)}
     assert lengths == {40}
-
-

@@ -73,7 +73,7 @@ class Job:
         """The summary as a wide terminal shows it, after the run has ended as the launcher ends it."""
         self.planner.finish()
         console = Console(file=io.StringIO(), width=200, color_system=None)
-        console.print(summary(self.planner, 12.34, LOG))
+        console.print(summary(self.planner, None, 12.34, LOG))
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
@@ -210,6 +210,6 @@ def test_a_run_in_which_nothing_was_seen_says_so() -> None:
 def test_a_run_without_workers_has_a_summary_too() -> None:
     """If the workers never came up, the summary is one line and the log."""
     console = Console(file=io.StringIO(), width=200, color_system=None)
-    console.print(summary(Planner(Settings()), 1.0, LOG))
+    console.print(summary(Planner(Settings()), None, 1.0, LOG))
     assert isinstance(console.file, io.StringIO)
     assert len(console.file.getvalue().splitlines()) == 2

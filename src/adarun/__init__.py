@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adarun.worker.training import Training
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "active", "split", "waiting"]
+__all__ = ["__version__", "active", "checkpointed", "split", "waiting"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,17 @@ def split(batch: Sequence[T]) -> Sequence[T]:
     if len(batch) % world_size:
         raise ValueError(f"a batch of {len(batch)} samples cannot be split evenly among {world_size} workers")
     return batch[rank::world_size]
+
+
+def checkpointed() -> None:
+    """Say that a checkpoint was written, from which the script goes on when it is started again.
+
+    What `torch.save` and `torch.distributed.checkpoint` write is seen without it. Under `--tune`, workers are restarted only
+    after a checkpoint.
+    """
+    training = _training()
+    if training is not None:
+        training.checkpointed()
 
 
 def waiting() -> AbstractContextManager[None]:

@@ -124,6 +124,20 @@ class Notice(Message, frozen=True, tag="notice"):
     rank: int = -1
 
 
+class Loop(Message, frozen=True, tag="loop"):
+    """A worker begins a loop over its training loader, or goes on after a checkpoint where it batches by itself.
+
+    `epoch` is what the script last gave to `set_epoch`, or -1. `saved`: since its last loop the worker has written a
+    checkpoint, so the script can be started again from here.
+    """
+
+    step: Count
+    at: Moment
+    epoch: int = -1
+    saved: bool = False
+    rank: int = -1
+
+
 # --- hub -> worker ---------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +226,20 @@ class Decision(Message, frozen=True, tag="decision"):
     at: float = 0.0
 
 
+class Tuned(Message, frozen=True, tag="tuned"):
+    """Under which of its settings a job goes on after a lap. `rates` are samples per second, an entry a setting, 0 if unknown."""
+
+    lap: int
+    before: str
+    chosen: str
+    rates: list[float]
+    propensities: list[float]
+    restart: bool
+    cost_seconds: float
+    reason: str
+    at: float = 0.0
+
+
 class Resources(Message, frozen=True, tag="resources"):
     """A worker's use of its machine over the last interval; `gpu_*` are None where there is none."""
 
@@ -221,6 +249,7 @@ class Resources(Message, frozen=True, tag="resources"):
     at: float
     gpu_fraction: float | None = None
     gpu_memory_bytes: int | None = None
+    gpu_capacity_bytes: int | None = None
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -253,7 +282,7 @@ class RunEnded(Message, frozen=True, tag="run_ended"):
     at: float
 
 
-FromWorker = Hello | Steps | PlanRequest | Notice
+FromWorker = Hello | Steps | PlanRequest | Notice | Loop
 ToWorker = Plan | Refusal
 Logged = (
     RunStarted
@@ -262,8 +291,10 @@ Logged = (
     | Step
     | Window
     | Decision
+    | Tuned
     | Plan
     | Notice
+    | Loop
     | Resources
     | Refused
     | Lost

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from adarun.control.planner import Planner
+from adarun.control.tuner import Tuner
 from adarun.errors import AdarunError
 from adarun.events import (
     MAX_MESSAGE_BYTES,
@@ -25,6 +26,7 @@ from adarun.events import (
     FromWorker,
     Hello,
     Logged,
+    Loop,
     Lost,
     Notice,
     PlanRequest,
@@ -55,9 +57,11 @@ class RefusedClient(Exception):
 class Hub:
     """Serves the workers of this node from a thread of its own."""
 
-    def __init__(self, planner: Planner, log: Callable[[Logged], None]) -> None:
+    def __init__(self, planner: Planner, log: Callable[[Logged], None], tuner: Tuner | None = None) -> None:
         self.planner = planner
+        self.tuner = tuner
         self._log = log
+        self._restart = False
         self._directory = private_directory()
         self.path = self._directory / "hub"
         self._loop = asyncio.new_event_loop()
@@ -125,9 +129,24 @@ class Hub:
         await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_MESSAGE_BYTES)
         self._sampling = self._loop.create_task(self._sample())
 
+    def take_restart(self) -> bool:
+        """Whether the workers are to be restarted now, under the setting that `tuner` names; said once."""
+        restart, self._restart = self._restart, False
+        return restart
+
     def _see(self, event: Logged) -> None:
         self.planner.see(event)
         self._log(event)
+        if self.tuner is not None:
+            self._tune(self.tuner, event)
+
+    def _tune(self, tuner: Tuner, event: Logged) -> None:
+        stopped = tuner.stopped
+        if (tuned := tuner.see(event)) is not None:
+            self._log(msgspec.structs.replace(tuned, at=time.time()))
+            self._restart = self._restart or tuned.restart
+        if tuner.stopped != stopped:
+            self._see(Notice(key="tune", text=tuner.stopped))
 
     async def _sample(self) -> None:
         sampler = Sampler()
@@ -193,6 +212,8 @@ class Hub:
                 self._reports(rank, message)
             elif isinstance(message, PlanRequest):
                 await self._send(writer, self._answer(rank, message))
+            elif isinstance(message, Loop):
+                self._see(msgspec.structs.replace(message, rank=rank))
             elif isinstance(message, Notice):
                 if message.key not in self.planner.state.notices:
                     self._see(msgspec.structs.replace(message, rank=rank))

@@ -27,7 +27,7 @@ class Sampler:
         except psutil.Error:
             self._processes.pop(pid, None)
             return None
-        gpu, gpu_memory = self._gpu(pid)
+        gpu, gpu_memory, gpu_capacity = self._gpu(pid)
         return Resources(
             rank=rank,
             cpu_fraction=round(cpu, 3),
@@ -35,18 +35,21 @@ class Sampler:
             at=time.time(),
             gpu_fraction=gpu,
             gpu_memory_bytes=gpu_memory,
+            gpu_capacity_bytes=gpu_capacity,
         )
 
-    def _gpu(self, pid: int) -> tuple[float | None, int | None]:
+    def _gpu(self, pid: int) -> tuple[float | None, int | None, int | None]:
+        """Use, memory of this process, and memory of the device."""
         if self._nvml is None:
-            return None, None
+            return None, None, None
         with suppress(self._nvml.NVMLError):
             for index in range(self._nvml.nvmlDeviceGetCount()):
                 device = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(device):
                     if process.pid == pid:
-                        return self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100.0, process.usedGpuMemory
-        return None, None
+                        use = self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100.0
+                        return use, process.usedGpuMemory, self._nvml.nvmlDeviceGetMemoryInfo(device).total
+        return None, None, None
 
 
 def _load_nvml() -> Any:

@@ -9,15 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 from adarun.control.planner import Planner
+from adarun.control.tuner import Tuner
 from adarun.state import State
 
 
-def summary(planner: Planner, seconds: float, log: Path) -> Group:
+def summary(planner: Planner, tuner: Tuner | None, seconds: float, log: Path) -> Group:
     """The summary as something rich can print; `seconds` is the launcher's own time from start to end."""
     state = planner.state
     lines = [headline(state, seconds)]
     if state.totals:
         lines.append(gain_line(planner))
+    if tuner is not None:
+        lines.append(tuning_line(tuner))
     lines += [Text(f"  note: {notice.text}") for notice in state.notices.values() if notice.text != planner.why_even()]
     lines.append(Text(f"  log: {log}"))
     return Group(lines[0], *([workers_table(state)] if state.totals else []), *lines[1:])
@@ -70,3 +73,19 @@ def gain_line(planner: Planner) -> Text:
     gain = controller.even_seconds / controller.actual_seconds - 1.0
     error = controller.gain_error
     return Text(f"  estimated gain over the even split: {gain:+.0%} (give or take {error:.0%})")
+
+
+def tuning_line(tuner: Tuner) -> Text:
+    """Which setting was found best, what it brought, and what finding it has cost."""
+    if not tuner.ever_saved:
+        return Text(
+            "  --tune tried nothing: no checkpoint was seen, without which a restart would lose the work "
+            "(torch.save, torch.distributed.checkpoint, or adarun.checkpointed())"
+        )
+    measured = sum(rate > 0.0 for rate in tuner.rates)
+    best, first = tuner.rates[tuner.incumbent], tuner.rates[0]
+    gain = f", {best / first - 1.0:+.0%} over the first setting" if first else ""
+    return Text(
+        f"  tuned: {tuner.names[tuner.incumbent]} is the best of {measured} settings tried ({best:.0f} samples/s{gain}); "
+        f"{tuner.num_restarts} restarts took {sum(tuner.restart_seconds[1:]):.0f} s"
+    )

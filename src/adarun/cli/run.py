@@ -7,16 +7,21 @@ for `adarun run train.py`. Options of adarun's own come from the environment too
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adarun.errors import UsageError, WorkersFailed
+from adarun.launch import knobs
+
+if TYPE_CHECKING:
+    from adarun.policies import Tuning
 
 TORCHRUN = "torchrun's options"
 ADARUN = "adarun's options"
@@ -109,6 +114,9 @@ def run(
             "--shares",
         ),
     ] = "",
+    max_share: Annotated[
+        int, adarun("The most samples per step that a worker may get; 0: no limit but its GPU's memory.", "--max-share")
+    ] = 0,
     batchnorm: Annotated[
         BatchNorm,
         adarun(
@@ -119,6 +127,27 @@ def run(
     loss_reduction: Annotated[
         LossReduction, adarun("How the script's loss is reduced over a batch's samples.", "--loss-reduction")
     ] = LossReduction.mean,
+    tune: Annotated[
+        list[str] | None,
+        adarun(
+            "NAME=V1,V2,...: try these values, of {NAME} in the script's arguments or, in upper case, of an environment variable. May be given several times.",
+            "--tune",
+        ),
+    ] = None,
+    tune_epochs: Annotated[
+        int,
+        adarun(
+            "How many epochs the script trains, for what may be spent on trying; 0: what its --epochs says, if anything.",
+            "--tune-epochs",
+        ),
+    ] = 0,
+    policy: Annotated[
+        str,
+        adarun(
+            "What chooses among the settings of --tune: thompson, ucb, qlearning, fixed, off, ppo:FILE, or one that another package brings.",
+            "--policy",
+        ),
+    ] = "thompson",
     runs_dir: Annotated[Path, adarun("Folder that gets a subfolder with the log of each run.", "--runs-dir")] = Path(
         "runs"
     ),
@@ -211,15 +240,20 @@ def run(
         raise UsageError(f"there is no script {script}; give the path of a file, or a module's name after -m")
     if window < 0:
         raise UsageError(f"--window {window} is negative; give a number of steps, or 0 to let adarun choose")
+    if max_share < 0:
+        raise UsageError(f"--max-share {max_share} is negative; give a number of samples, or 0 for no limit")
     scripted = parse_shares(shares)
     if scripted and adapt is not Adapt.on:
         raise UsageError(f"--shares changes the split, which --adapt {adapt.value} forbids; leave one of them out")
+    settings = knobs.parse(tune or [], arguments)
+    tuning = settings_to_try(settings, policy, tune_epochs, arguments)
     os.environ.update(
         ADARUN_ADAPT=adapt.value, ADARUN_BATCHNORM=batchnorm.value, ADARUN_LOSS_REDUCTION=loss_reduction.value
     )
     for variable in ("ADARUN_HUB", "ADARUN_ATTEMPT", "ADARUN_ATTACHED"):
         os.environ.pop(variable, None)  # of a job in whose worker this one was started
-    sys.exit(job(torchrun_arguments(context, script, arguments), script, runs_dir, adapt.value, window, scripted))
+    given = torchrun_arguments(context, script, arguments)
+    sys.exit(job(given, script, runs_dir, adapt.value, window, scripted, max_share, settings, tuning))
 
 
 def given_by_torchrun(name: str) -> bool:
@@ -252,7 +286,37 @@ def torchrun_arguments(context: typer.Context, script: str, arguments: list[str]
     return [*given, script, *arguments]
 
 
-def job(arguments: list[str], script: str, runs_dir: Path, adapt: str, window: int, scripted: list[list[int]]) -> int:
+def settings_to_try(settings: list[knobs.Setting], policy: str, num_epochs: int, arguments: list[str]) -> Tuning | None:
+    """What --tune, --policy and --tune-epochs ask for together, or None where nothing is to be tuned.
+
+    Raises:
+        UsageError: there is no such policy, or no number of epochs is so small.
+    """
+    if num_epochs < 0:
+        raise UsageError(f"--tune-epochs {num_epochs} is negative; give the number of epochs that the script trains")
+    if not settings:
+        return None
+    if not num_epochs:
+        found = re.search(r"(?:^| )--(?:num[-_]|max[-_])?epochs[= ](\d+)", " ".join(arguments))
+        num_epochs = int(found[1]) if found else 0
+    from adarun.policies import Tuning, load  # noqa: PLC0415 - numpy takes a tenth of a second
+
+    tuning = Tuning([knobs.in_words(setting) for setting in settings], policy, secrets.randbits(32), num_epochs)
+    load(tuning)
+    return tuning
+
+
+def job(
+    arguments: list[str],
+    script: str,
+    runs_dir: Path,
+    adapt: str,
+    window: int,
+    scripted: list[list[int]],
+    max_share: int,
+    settings: list[knobs.Setting],
+    tuning: Tuning | None,
+) -> int:
     """Run the job and return the exit code."""
     # torch takes 1.5 to 2 s to import: only now is it needed.
     from adarun.launch import agent  # noqa: PLC0415
@@ -264,10 +328,12 @@ def job(arguments: list[str], script: str, runs_dir: Path, adapt: str, window: i
         raise UsageError(
             f"--shares names {len(scripted[0])} workers and the job has {num_workers}; give a number a rank"
         )
+    if settings and configured[0].max_nodes > 1:
+        raise UsageError("--tune restarts the workers of one node; it cannot be used with --nnodes above 1")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(script).stem}-{secrets.token_hex(2)}"
-    with Recording(runs_dir, name, sys.argv[1:], adapt, window, scripted) as recording:
+    with Recording(runs_dir, name, sys.argv[1:], adapt, window, scripted, tuning, max_share) as recording:
         try:
-            agent.launch(configured, recording.hub, recording.log)
+            agent.launch(configured, recording.hub, recording.log, settings)
         except WorkersFailed as error:
             sys.stderr.write(f"{error}\n")
             recording.exit_code = error.exit_code

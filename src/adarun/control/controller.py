@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from adarun.control.cost import NOISE_FLOOR, CostModel
-from adarun.control.split import Floats, finish_seconds, min_max_split
+from adarun.control.guard import Memory
+from adarun.control.split import Floats, Ints, finish_seconds, min_max_split
 from adarun.events import Decision, Window, apportion
 
+# No change for less; but once the split is uneven, to move a few samples more is cheap.
 DEAD_BAND = 0.02
+REFINEMENT = 0.005
 GAIN_ERRORS = 2.5
 # A change that turns out so much worse, and beyond its error, is taken back.
 WORSE = 0.01
@@ -40,8 +43,11 @@ class Trial:
 class Controller:
     """The model of one worker group's costs and the shares it has now."""
 
-    def __init__(self, num_workers: int, scripted: Sequence[Sequence[int]] = ()) -> None:
-        """`scripted`: splits to cycle through instead of deciding, one a plan, as proportions of the global batch."""
+    def __init__(self, num_workers: int, scripted: Sequence[Sequence[int]] = (), max_share: int = 0) -> None:
+        """`scripted`: splits to cycle through instead of deciding, one a plan, as proportions of the global batch.
+
+        `max_share`: the most samples per step that a worker may get, 0 for no limit.
+        """
         self.model = CostModel(num_workers)
         self.shares: list[int] = []
         self.step_seconds = 0.0
@@ -50,6 +56,9 @@ class Controller:
         self._num_workers = num_workers
         self._scripted = scripted
         self._num_scripted = 0
+        self._max_share = max_share
+        # By rank, where the device's memory is known.
+        self.memories: dict[int, Memory] = {}
         # Step times of the windows under the present shares, relative to `CostModel.common`.
         self._times: list[float] = []
         # The variance of their logarithms from window to window.
@@ -97,16 +106,18 @@ class Controller:
     def decide(self, window: Window, global_batch: int) -> Decision:
         """The shares after `window`, which `learn` has taken in."""
         model, now = self.model, self.shares
-        bounds = (np.ones(self._num_workers, dtype=np.int64), np.full(self._num_workers, global_batch, dtype=np.int64))
+        bounds = (np.ones(self._num_workers, dtype=np.int64), self._largest_shares(global_batch))
         # A sample is never free, whatever the fit says.
         per_sample: Floats = np.maximum(model.per_sample, 1e-12)
-        best = [int(k) for k in min_max_split(model.fixed, per_sample, global_batch, *bounds)]
+        best = min_max_split(model.fixed, per_sample, global_batch, *bounds).tolist()
         now_seconds = finish_seconds(model.fixed, per_sample, now)
         best_seconds = finish_seconds(model.fixed, per_sample, best)
         # Everything of a step that is not the longest busy time stays as it is.
         rest = max(0.0, window.step_seconds - now_seconds)
         gain = (now_seconds + rest) / (best_seconds + rest) - 1.0
         chosen, reason = self._choose(best, gain)
+        if capped := np.flatnonzero(np.array(best) >= bounds[1]).tolist():
+            reason += f"; rank {capped[0]} may have no more than {best[capped[0]]} samples"
         if chosen != now:
             self.shares, self._times = chosen, []
         return Decision(
@@ -114,12 +125,20 @@ class Controller:
             before=now,
             proposed=best,
             chosen=chosen,
-            fixed_seconds=[round(float(a), 9) for a in model.fixed],
-            sample_seconds=[round(float(c), 12) for c in model.per_sample],
+            fixed_seconds=np.round(model.fixed, 9).tolist(),
+            sample_seconds=np.round(model.per_sample, 12).tolist(),
             gain=round(gain, 6),
             gain_error=round(self._error(now, best), 6),
             reason=reason,
         )
+
+    def _largest_shares(self, global_batch: int) -> Ints:
+        """The most that each worker may get; never less than it has, since the even split is the user's own."""
+        limit = self._max_share or global_batch
+        largest = np.full(self._num_workers, limit, dtype=np.int64)
+        for rank, memory in self.memories.items():
+            largest[rank] = memory.largest_share(limit)
+        return np.maximum(largest, self.shares)
 
     @property
     def gain_error(self) -> float:
@@ -149,11 +168,13 @@ class Controller:
             return now, f"kept: the last change made it worse, {self._hold} more windows before another"
         if best == now:
             return now, "kept: this split is the best one"
-        if gain <= DEAD_BAND:
+        even = max(now) - min(now) <= 1
+        if gain <= (DEAD_BAND if even else REFINEMENT):
             return now, f"kept: the best split would gain {gain:.1%}, which is not worth a change"
         error = self._error(now, best)
-        # The more workers, the further off is the one that looks slowest.
-        if gain <= math.sqrt(GAIN_ERRORS**2 + 2.0 * math.log(max(1.0, self._num_workers / 2))) * error:
+        # The more workers, the further off is the one that looks slowest; in a split already made for them that is settled.
+        among = self._num_workers if even else 2
+        if gain <= math.sqrt(GAIN_ERRORS**2 + 2.0 * math.log(max(1.0, among / 2))) * error:
             return now, f"kept: a gain of {gain:.1%} is within the noise of {error:.1%}"
         if self._trial is None:
             self._trial = Trial(now, float(np.mean(self._times)), self._times_error())

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import msgspec
 
 from adarun.control.controller import Controller
-from adarun.events import Logged, Notice, Plan, PlanRequest, Refusal, Window, WorkersStarted
+from adarun.control.guard import Memory
+from adarun.events import Logged, Notice, Plan, PlanRequest, Refusal, Resources, Window, WorkersStarted
 from adarun.state import State, close_window, fold
 
 # A worker asks for the step it draws next; one that asks much further ahead is broken.
@@ -24,6 +25,7 @@ class Settings:
     adapt: str = "on"
     window: int = 0
     scripted: Sequence[Sequence[int]] = ()
+    max_share: int = 0
 
 
 class Planner:
@@ -44,8 +46,17 @@ class Planner:
         if isinstance(event, WorkersStarted):
             # Plans start anew with the worker group; what was learned of the workers stays, if they are as many.
             if self.controller is None or len(self.controller.model.fixed) != event.world_size:
-                self.controller = Controller(event.world_size, self._settings.scripted)
+                self.controller = Controller(event.world_size, self._settings.scripted, self._settings.max_share)
             self._askers, self._facts = {}, OrderedDict()
+        elif isinstance(event, Resources):
+            self._see_memory(event)
+
+    def _see_memory(self, event: Resources) -> None:
+        controller = self.controller
+        if controller is None or not controller.shares or not event.gpu_memory_bytes or not event.gpu_capacity_bytes:
+            return
+        memory = controller.memories.setdefault(event.rank, Memory(event.gpu_capacity_bytes))
+        memory.see(controller.shares[event.rank], event.gpu_memory_bytes)
 
     def answer(self, rank: int, request: PlanRequest) -> tuple[Plan | Refusal, list[Logged]]:
         """The plan for `request.step`, and the events to log for it."""

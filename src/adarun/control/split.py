@@ -15,6 +15,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+# Left-over samples are handed out to many workers at once, so often; what is left then, one by one.
+VECTOR_ROUNDS = 50
 
 
 def finish_seconds(fixed: Floats, per_sample: Floats, shares: Sequence[int] | Ints) -> float:
@@ -51,13 +53,30 @@ def min_max_split(fixed: Floats, per_sample: Floats, total: int, lower: Ints, up
     # The tiny step down keeps rounding errors from lifting a share above its real-valued optimum.
     ideal = (level - fixed) / per_sample
     shares: Ints = np.clip(np.floor(ideal - 1e-9 * (1.0 + np.abs(ideal))), lower, upper).astype(np.int64)
-    heap = [(float(fixed[i] + per_sample[i] * (shares[i] + 1)), i) for i in range(len(shares)) if shares[i] < upper[i]]
+    return hand_out(fixed, per_sample, shares, upper, total - int(shares.sum()))
+
+
+def hand_out(fixed: Floats, per_sample: Floats, shares: Ints, upper: Ints, left: int) -> Ints:
+    """Give each of the `left` samples to whoever finishes first with one more; the lower rank on a tie."""
+    shares = shares.copy()
+    # All at once to those who would all have had one before anybody had two; with very unequal rates that would take long.
+    for _ in range(VECTOR_ROUNDS):
+        if left <= 0:
+            return shares
+        finish = np.where(shares < upper, fixed + per_sample * (shares + 1), np.inf)
+        first = np.argsort(finish, kind="stable")[:left]
+        first = first[finish[first] < (finish + per_sample).min()]
+        shares[first] += 1
+        left -= len(first)
+    # Plain numbers: one look into an array takes as long as the whole rest of a turn.
+    given, most, base, step = shares.tolist(), upper.tolist(), fixed.tolist(), per_sample.tolist()
+    heap = [(base[i] + step[i] * (given[i] + 1), i) for i in range(len(given)) if given[i] < most[i]]
     heapq.heapify(heap)
-    for _ in range(total - int(shares.sum())):
+    for _ in range(left):
         _, i = heap[0]
-        shares[i] += 1
-        if shares[i] < upper[i]:
-            heapq.heapreplace(heap, (float(fixed[i] + per_sample[i] * (shares[i] + 1)), i))
+        given[i] += 1
+        if given[i] < most[i]:
+            heapq.heapreplace(heap, (base[i] + step[i] * (given[i] + 1), i))
         else:
             heapq.heappop(heap)
-    return shares
+    return np.array(given, dtype=np.int64)

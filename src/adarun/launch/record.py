@@ -16,9 +16,11 @@ from rich.console import Console
 
 from adarun import __version__
 from adarun.control.planner import Planner, Settings
+from adarun.control.tuner import Tuner
 from adarun.errors import AdarunError
 from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
 from adarun.hub import Hub
+from adarun.policies import Tuning, keep, load
 from adarun.runlog import RunLog
 from adarun.summary import summary
 
@@ -27,7 +29,15 @@ class Recording:
     """Open while the job runs; on leaving, closes the log and prints the summary to stderr."""
 
     def __init__(
-        self, runs_dir: Path, name: str, command: list[str], adapt: str, window: int, scripted: list[list[int]]
+        self,
+        runs_dir: Path,
+        name: str,
+        command: list[str],
+        adapt: str,
+        window: int,
+        scripted: list[list[int]],
+        tuning: Tuning | None = None,
+        max_share: int = 0,
     ) -> None:
         self.exit_code = 0
         self._began = time.monotonic()
@@ -37,20 +47,24 @@ class Recording:
             "adapt": adapt,
             "window": window,
             "shares": scripted,
+            "max_share": max_share,
             "adarun": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "host": platform.node(),
             "folder": str(Path.cwd()),
             "pid": os.getpid(),
-            # Nothing in this version draws random numbers; a policy that does will put its seed here.
-            "seed": None,
+            "settings": tuning.names if tuning else [],
+            "policy": tuning.policy if tuning else None,
+            "seed": tuning.seed if tuning else None,
             "started": time.time(),
         }
         self._runlog = open_log(runs_dir, name, about)
         self.log(RunStarted(schema=SCHEMA_VERSION, run=name, command=command, at=time.time()))
-        self.planner = Planner(Settings(adapt=adapt, window=window, scripted=scripted))
-        self.hub = Hub(self.planner, self.log)
+        self.planner = Planner(Settings(adapt=adapt, window=window, scripted=scripted, max_share=max_share))
+        self._policy = load(tuning) if tuning else None
+        tuner = Tuner(tuning.names, self._policy, tuning.num_epochs) if tuning and self._policy else None
+        self.hub = Hub(self.planner, self.log, tuner)
 
     def log(self, event: Logged) -> None:
         """Append an event to the run log."""
@@ -66,10 +80,15 @@ class Recording:
         if kind is not None:
             self.exit_code = getattr(error, "exit_code", 1)
         self.hub.stop()
+        if self._policy is not None:
+            try:
+                keep(self._policy)
+            except OSError as failed:
+                sys.stderr.write(f"adarun: what the policy has learned cannot be kept ({failed})\n")
         self.log(RunEnded(exit_code=self.exit_code, at=time.time()))
         self._runlog.close()
         console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
-        console.print(summary(self.planner, time.monotonic() - self._began, self._runlog.directory))
+        console.print(summary(self.planner, self.hub.tuner, time.monotonic() - self._began, self._runlog.directory))
         if self._runlog.num_lost:
             sys.stderr.write(f"adarun: {self._runlog.num_lost} events could not be written to the run log\n")
 

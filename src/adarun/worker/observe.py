@@ -76,6 +76,10 @@ class Observer:
             if self._marks is not None:
                 self._marks.append((phase, self._event()))
 
+    def now(self) -> float:
+        """The present moment on the clock of the reports, as a Unix time."""
+        return self._epoch + time.perf_counter()
+
     def disturb(self) -> None:
         """Something that is not training happens inside this step: do not draw conclusions from it."""
         self._counted = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from adarun.errors import NotExact
-from adarun.events import Hello, Notice, Plan, PlanRequest
+from adarun.events import Hello, Loop, Notice, Plan, PlanRequest
 from adarun.worker.client import Client
 from adarun.worker.gradients import Backward
 from adarun.worker.loader import Piece, Session, ShareBatchSampler, cut, why_not
@@ -72,6 +73,7 @@ class Training:
         self._loop = (0, 0)
         self._passes_at_draw = 0
         self._met_uneven = False
+        self._saved = False
 
     # --- life ------------------------------------------------------------------------------------------------------
 
@@ -82,6 +84,7 @@ class Training:
         self._backward.install()
         self._patch_ddp()
         self._patch_loader()
+        self._patch_save()
 
     def close(self) -> None:
         """Send what was measured and hang up."""
@@ -125,10 +128,13 @@ class Training:
 
         @functools.wraps(original_next)
         def __next__(iterator: _BaseDataLoaderIter) -> Any:  # noqa: N807
-            session = getattr(iterator, "_adarun_session", None)
+            session: Any = getattr(iterator, "_adarun_session", None)
             if session is None or not session.training or self._splits or current is not self:
                 return original_next(iterator)
-            self._before_draw(session)
+            # In most steps the script goes on drawing from the same loader, having learned from its last batch.
+            if session is not self._session or self._backward.num_passes == self._passes_at_draw:
+                self._look_closer(session)
+            self._observer.begin()
             try:
                 batch = original_next(iterator)
             except StopIteration:
@@ -142,6 +148,18 @@ class Training:
 
         patch(DataLoader, "__iter__", __iter__)
         patch(_BaseDataLoaderIter, "__next__", __next__)
+
+    def _patch_save(self) -> None:
+        original = torch.save
+
+        @functools.wraps(original)
+        def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+            original(obj, f, *args, **kwargs)
+            # What is written to memory is a copy, not a checkpoint.
+            if self._mine() and not isinstance(f, io.BytesIO):
+                self.checkpointed()
+
+        torch.save = save
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
@@ -195,13 +213,21 @@ class Training:
                 session.base = self._steps_planned
                 self._loop = (self._loop[0] + 1, session.base)
             loader.__dict__["batch_sampler"].session = session
-        if not session.training:
+        if session.training:
+            self._begin_loop(session.base, getattr(loader.sampler, "epoch", -1))
+        else:
             self._observer.disturb()
-        elif not self._models:
+            return session
+        if not self._models:
             session.unplanned = NO_DDP
         else:
             session.unplanned = reason or ""
         return session
+
+    def _begin_loop(self, step: int, epoch: Any = -1) -> None:
+        epoch = epoch if isinstance(epoch, int) else -1
+        self._client.post(Loop(step=step, at=self._observer.now(), epoch=epoch, saved=self._saved))
+        self._saved = False
 
     def _plan_for(self, step: int, global_batch: int, dataset_size: int) -> Plan:
         # Once a step: what it takes to ask is worked out only when it has to be.
@@ -219,13 +245,6 @@ class Training:
         self._met_uneven = self._met_uneven or not plan.even
         return plan
 
-    def _before_draw(self, session: Session) -> None:
-        # In most steps the script goes on drawing from the same loader, having learned from its last batch.
-        if session is not self._session or self._backward.num_passes == self._passes_at_draw:
-            self._look_closer(session)
-        self._backward.before = self._before_backward if session.unplanned or session.unsure else None
-        self._observer.begin()
-
     def _look_closer(self, session: Session) -> None:
         last, self._session = self._session, session
         passed = self._backward.num_passes != self._passes_at_draw
@@ -239,6 +258,7 @@ class Training:
         # Only the first two draws can tell: a loop that skips a batch later on still trains on the batch it drew last.
         elif session.num_consumed == 1 and not passed:
             session.unsure = DRAWN_AHEAD
+        self._backward.before = self._before_backward if session.unplanned or session.unsure else None
 
     def _after_draw(self, session: Session, piece: Piece) -> None:
         session.num_consumed += 1
@@ -277,7 +297,10 @@ class Training:
         session = self._split_session
         if not self._splits:
             self._splits, self._session = True, None
-        self._before_draw(session)
+        if self._saved or not session.num_consumed:
+            self._begin_loop(self._steps_planned)
+        self._look_closer(session)
+        self._observer.begin()
         step, plan = self._steps_planned, self._even_plan
         if self._planned:
             plan = self._plan_for(step, len(batch), 0)
@@ -285,6 +308,10 @@ class Training:
         samples = batch[first:stop:stride]
         self._after_draw(session, Piece(step, len(samples), weight))
         return samples
+
+    def checkpointed(self) -> None:
+        """The script has written a checkpoint from which it could go on."""
+        self._saved = True
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -135,6 +135,8 @@ def test_an_event_is_one_line_of_json(tmp_path: Path) -> None:
         "resources",
         "refused",
         "lost",
+        "loop",
+        "tuned",
         "workers_ended",
         "run_ended",
     ]

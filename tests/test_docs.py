@@ -28,6 +28,7 @@ FOREIGN_OPTIONS = {
     "--checkpoint",
     "--epochs",
     "--help",
+    "--minutes",
     "--smoke",
     "--quota",
     "--pairs",

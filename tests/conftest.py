@@ -61,7 +61,15 @@ class Job:
         return " ".join(self.stderr.split())
 
     def wait(self) -> Job:
-        """To the end of the command."""
+        """To the end of the command; one that torch's tear-down has failed may try again, once."""
+        if self._ended().process.returncode == 1 and ABORTED in self.stderr:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            self._begin()
+            self._ended()
+        return self
+
+    def _ended(self) -> Job:
         try:
             self.process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -70,11 +78,7 @@ class Job:
         return self
 
     def succeed(self) -> Job:
-        """To the end of the command, which must be a good one; one that torch's tear-down has failed may try again, once."""
-        if self.wait().process.returncode and ABORTED in self.stderr:
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-            self._begin()
+        """To the end of the command, which must be a good one."""
         assert self.wait().process.returncode == 0, f"{self.process.args}\n{self.stdout}\n{self.stderr}"
         return self
 

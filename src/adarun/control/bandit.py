@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adarun.control.policy import USUAL_NOISE, Choice, Mean, Option, Situation, certain
+from adarun.control.policy import USUAL_NOISE, Choice, Mean, Option, Situation, certain, measured_first
 from adarun.control.split import Floats
 
 # Standard deviations of the residual's parts, in logarithms: with a structural model, and without one.
@@ -110,7 +110,7 @@ class Thompson:
         """An option that may well beat the incumbent, or the incumbent."""
         now = situation.incumbent
         if not self._belief.knows(now):
-            return certain(now, options, f"kept: {options[now].name} is to be measured first")
+            return measured_first(now, options)
         mean, covariance = self._belief.posterior(options, now)
         chance = chance_to_beat(mean, covariance, now)
         worth = np.flatnonzero(chance >= LIKELY)
@@ -144,7 +144,7 @@ class Ucb:
         """The most promising option, the incumbent included."""
         now = situation.incumbent
         if not self._belief.knows(now):
-            return certain(now, options, f"kept: {options[now].name} is to be measured first")
+            return measured_first(now, options)
         mean, covariance = self._belief.posterior(options, now)
         best = int(np.argmax(mean + HOPE * np.sqrt(np.maximum(np.diag(covariance), 0.0))))
         return certain(best, options, explain(options, now, best, chance_to_beat(mean, covariance, now)))

@@ -57,6 +57,11 @@ def certain(index: int, options: Sequence[Option], reason: str) -> Choice:
     return Choice(index, tuple(float(number == index) for number in range(len(options))), reason)
 
 
+def measured_first(incumbent: int, options: Sequence[Option]) -> Choice:
+    """The choice while nothing is known of the incumbent."""
+    return certain(incumbent, options, f"kept: {options[incumbent].name} is to be measured first")
+
+
 class Off:
     """Tries nothing: the incumbent stays."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adarun.control.policy import Choice, Option, Situation, certain
+from adarun.control.policy import Choice, Option, Situation, measured_first
 
 # Utilisation and overhead are cut into so many equal parts each.
 NUM_BINS = 4
@@ -59,9 +59,7 @@ class QLearning:
     def choose(self, situation: Situation, options: Sequence[Option]) -> Choice:
         """The option of the highest value, or sometimes any."""
         if not self._scale:
-            return certain(
-                situation.incumbent, options, f"kept: {options[situation.incumbent].name} is to be measured first"
-            )
+            return measured_first(situation.incumbent, options)
         state = discretise(situation)
         self._settle(state, options)
         values = self._values(state, options)

@@ -19,6 +19,8 @@ from adarun.state import WARMUP_STEPS
 
 # What trying a setting of which nothing is known may be hoped to save.
 HOPE = 0.1
+# A trial is judged by its last steps: the median of all of them, anew in each step, would hold up the hub in a long epoch.
+ABORT_WINDOW = 101
 NO_RESUME = (
     "the script began with epoch {0} again after it was restarted at epoch {1}, so it does not resume from what it saves; "
     "no more settings are tried"
@@ -131,7 +133,7 @@ class Tuner:
         known = self._paces[self.incumbent]
         if self.current == self.incumbent or self._laps[self.current] or math.isnan(known) or self.stopped:
             return ""
-        return aborts(self._steps.paces, known)
+        return aborts(self._steps.paces[-ABORT_WINDOW:], known)
 
     # --- laps ----------------------------------------------------------------------------------------------------------
 

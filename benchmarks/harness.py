@@ -151,7 +151,7 @@ class Training:
 
     def finish(self) -> Run:
         """Wait for the end; return what the run left."""
-        # torch was seen to abort in a worker's own tear-down, under either launcher, after all was trained and written.
+        # torch can abort a worker in its tear-down, after all was trained and written.
         if self.process.wait() and not (self.folder / "result").exists():
             output = (self.folder / "output").read_text(errors="replace")
             raise RuntimeError(f"the training run failed with code {self.process.returncode}:\n{output[-4000:]}")

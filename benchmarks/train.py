@@ -123,7 +123,7 @@ def main() -> None:
             times.write(f"{clock:.6f}\n")
     if first:
         save_result(arguments.result, network, data)
-    # A worker whose peers are still at work was seen to abort in torch's own tear-down, under either launcher.
+    # All leave together: torch 2.13 can abort a worker whose Python shuts down right after its last collective.
     dist.barrier()
     dist.destroy_process_group()
 

@@ -162,6 +162,8 @@ def main() -> None:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, accuracy {accuracy:.3f}, {seconds:.2f} s", flush=True)
             if path:
                 save(path, epoch + 1, network, optimizer)
+    # All leave together: torch 2.13 can abort a worker whose Python shuts down right after its last collective.
+    dist.barrier()
     dist.destroy_process_group()
 
 

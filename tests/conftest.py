@@ -22,8 +22,8 @@ BIN = Path(sys.executable).parent
 TIMEOUT = 180.0
 
 
-# What a worker says when torch aborts it in its own tear-down, after all is done; seen now and then with torch 2.13 and gloo,
-# under torchrun as under adarun.
+# What a worker says when torch 2.13 aborts it in its tear-down, after all is done: a gloo thread wants Python's lock while
+# Python shuts down. adarun's workers give it a moment; torchrun's do not.
 ABORTED = "terminate called without an active exception"
 
 

@@ -116,12 +116,16 @@ class PlanRequest(Message, frozen=True, tag="plan_request"):
 
 
 class Notice(Message, frozen=True, tag="notice"):
-    """Something the user should know, said once per job: `key` is the same on every rank that says it."""
+    """Something the user should know, said once per job: `key` is the same on every rank that says it.
+
+    `freezes`: the split must stay even. `synchronises`: the workers must synchronise in every step, as under torchrun.
+    """
 
     key: Text
     text: Text
     freezes: bool = False
     rank: int = -1
+    synchronises: bool = False
 
 
 class Loop(Message, frozen=True, tag="loop"):
@@ -138,11 +142,42 @@ class Loop(Message, frozen=True, tag="loop"):
     rank: int = -1
 
 
+class Averaged(Message, frozen=True, tag="averaged"):
+    """The replicas were averaged after `step`, `steps` steps after the last time.
+
+    `distance` is this replica's from the average, `norm` the average's own length, both Euclidean over all parameters.
+    `checksum` is the same on all ranks if the replicas are; None after a gossip, which leaves them apart.
+    """
+
+    step: Count
+    steps: Positive
+    seconds: Seconds
+    distance: Annotated[float, Meta(ge=0.0, lt=1e30)]
+    norm: Annotated[float, Meta(ge=0.0, lt=1e30)]
+    checksum: int | None = None
+    rank: int = -1
+
+
+class Learned(Message, frozen=True, tag="learned"):
+    """A worker's mean loss over `steps` steps up to `step`, and its optimizer's learning rate; None where unknown."""
+
+    step: Count
+    steps: Positive
+    loss: float | None = None
+    lr: float | None = None
+    rank: int = -1
+
+
 # --- hub -> worker ---------------------------------------------------------------------------------------------------
 
 
 class Plan(Message, frozen=True, tag="plan"):
-    """What every worker does in steps [start, stop): `shares` samples per rank and step, summing to the global batch."""
+    """What every worker does in steps [start, stop): `shares` samples per rank and step, summing to the global batch.
+
+    `sync_period` is H: parameters are averaged every H steps; 1 is DDP's gradient averaging in every step. `compression` of
+    the gradients is none, bf16 or powersgd; `topology` of the averaging is allreduce, gossip or ring; `outer` is what is
+    done with the average: none or nesterov.
+    """
 
     number: Count
     start: Count
@@ -150,6 +185,10 @@ class Plan(Message, frozen=True, tag="plan"):
     shares: list[Positive]
     attempt: Count = 0
     reason: str = ""
+    sync_period: Positive = 1
+    compression: str = "none"
+    topology: str = "allreduce"
+    outer: str = "none"
 
     @property
     def even(self) -> bool:
@@ -209,6 +248,8 @@ class Window(Message, frozen=True, tag="window"):
     busy_seconds: list[float]
     wait_seconds: list[float]
     noise: list[float]
+    # The part of a step that no worker spent on its own work: communication that nothing hid.
+    sync_seconds: float = 0.0
 
 
 class Decision(Message, frozen=True, tag="decision"):
@@ -237,6 +278,29 @@ class Tuned(Message, frozen=True, tag="tuned"):
     restart: bool
     cost_seconds: float
     reason: str
+    at: float = 0.0
+
+
+class Paced(Message, frozen=True, tag="paced"):
+    """How the workers synchronise after the window of `plan`: settings by name, as `sync_period=8 compression=none ...`.
+
+    `communication` is the part of a step, 0 to 1, that goes to synchronisation that nothing hid, `distance` the replicas'
+    from their average, relative to its length; `loss` and `forecast` are the window's and what it was expected to be. None
+    where unknown. `options`, `propensities` are of the settings that a policy chose from, if one did.
+    """
+
+    plan: int
+    before: str
+    chosen: str
+    communication: float
+    reason: str
+    gain: float = 0.0
+    distance: float | None = None
+    loss: float | None = None
+    forecast: float | None = None
+    lr: float | None = None
+    options: list[str] = []
+    propensities: list[float] = []
     at: float = 0.0
 
 
@@ -282,7 +346,7 @@ class RunEnded(Message, frozen=True, tag="run_ended"):
     at: float
 
 
-FromWorker = Hello | Steps | PlanRequest | Notice | Loop
+FromWorker = Hello | Steps | PlanRequest | Notice | Loop | Averaged | Learned
 ToWorker = Plan | Refusal
 Logged = (
     RunStarted
@@ -295,6 +359,9 @@ Logged = (
     | Plan
     | Notice
     | Loop
+    | Averaged
+    | Learned
+    | Paced
     | Resources
     | Refused
     | Lost

@@ -22,9 +22,11 @@ from adarun.errors import AdarunError
 from adarun.events import (
     MAX_MESSAGE_BYTES,
     Attached,
+    Averaged,
     Decision,
     FromWorker,
     Hello,
+    Learned,
     Logged,
     Loop,
     Lost,
@@ -212,7 +214,7 @@ class Hub:
                 self._reports(rank, message)
             elif isinstance(message, PlanRequest):
                 await self._send(writer, self._answer(rank, message))
-            elif isinstance(message, Loop):
+            elif isinstance(message, Loop | Averaged | Learned):
                 self._see(msgspec.structs.replace(message, rank=rank))
             elif isinstance(message, Notice):
                 if message.key not in self.planner.state.notices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,6 +38,8 @@ INTERLEAVED = (
     "interleaved",
     "the script draws from two training loaders in turn, and their batches cannot be told apart",
 )
+
+TEAR_DOWN_SECONDS = 0.02
 
 # The one Training of this process, for the public API; None where adarun did not attach.
 current: Training | None = None
@@ -91,6 +94,9 @@ class Training:
         if self._mine():
             self._observer.end()
             self._client.close()
+            # A gloo thread that gives back the tensors of the last collective needs Python's lock. While Python shuts down it
+            # does not get it, and the process aborts (torch 2.13); a moment without the lock lets the thread through.
+            time.sleep(TEAR_DOWN_SECONDS)
 
     def detach(self) -> None:
         """In a forked child: leave the parent's socket alone."""

@@ -32,6 +32,7 @@ FOREIGN_OPTIONS = {
     "--smoke",
     "--quota",
     "--pairs",
+    "--width",
 }
 
 

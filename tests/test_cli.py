@@ -18,6 +18,8 @@ from torch.distributed.argparse_util import check_env, env
 
 import adarun
 from adarun.cli import app, run
+from adarun.control.pace import Allowed
+from adarun.control.planner import Settings
 from adarun.launch import agent
 from adarun.policies import Tuning
 from conftest import Job
@@ -56,6 +58,7 @@ SAMPLES = {
     "virtual_local_rank": None,
 }
 OWN = ["--adapt", "--window", "--shares", "--max-share", "--batchnorm", "--loss-reduction"]
+OWN += ["--sync-period", "--compress", "--topology", "--outer"]
 OWN += ["--tune", "--tune-epochs", "--policy", "--runs-dir"]
 SCRIPT = [__file__, "--nnodes", "7", "-m", "--", "rest"]
 
@@ -171,13 +174,16 @@ def test_own_options() -> None:
 
 def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An own option not given takes its value from ADARUN_<its name>, and means the same."""
-    values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere"]
+    values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "2:64", "auto", "gossip", "nesterov"]
+    values += ["OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere"]
     monkeypatch.setattr(run.secrets, "randbits", lambda _: 5)
     given = [word for option in zip(OWN, values, strict=True) for word in option]
     with mock.patch.object(run, "job", side_effect=SystemExit) as job:
         with pytest.raises(SystemExit):
             app.app(["run", *given, __file__])
-        passed_on = [{name: os.environ.pop(name) for name in ("ADARUN_BATCHNORM", "ADARUN_LOSS_REDUCTION")}]
+        passed_on = [
+            {name: os.environ.pop(name) for name in ("ADARUN_BATCHNORM", "ADARUN_LOSS_REDUCTION", "ADARUN_SYNC")}
+        ]
         for option, value in zip(OWN, values, strict=True):
             monkeypatch.setenv(f"ADARUN_{option[2:].upper().replace('-', '_')}", value)
         with pytest.raises(SystemExit):
@@ -185,9 +191,13 @@ def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPat
         passed_on.append({name: os.environ[name] for name in passed_on[0]})
     settings = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
     tuning = Tuning(["OMP_NUM_THREADS=1", "OMP_NUM_THREADS=2"], "ucb", 5, 9)
-    expected = mock.call([__file__], __file__, Path("elsewhere"), "on", 7, [[3, 1], [1, 3]], 40, settings, tuning)
+    allowed = Allowed((2, 64), ("none", "bf16", "powersgd"), ("gossip",), "nesterov")
+    asked = Settings("on", 7, [[3, 1], [1, 3]], 40, allowed)
+    expected = mock.call([__file__], __file__, Path("elsewhere"), asked, tuning, settings)
     assert job.call_args_list == [expected, expected]
-    assert passed_on == [{"ADARUN_BATCHNORM": "allow", "ADARUN_LOSS_REDUCTION": "sum"}] * 2
+    assert (
+        passed_on == [{"ADARUN_BATCHNORM": "allow", "ADARUN_LOSS_REDUCTION": "sum", "ADARUN_SYNC": "on,compress"}] * 2
+    )
 
 
 def test_no_script_option_is_taken_for_adaruns() -> None:

@@ -24,8 +24,9 @@ CASES = {
     "sum": "--sum --lr 0.005 --break-at 7 --num-workers 2",
     "batchnorm": "--batchnorm",
     "prefetch": "--prefetch",
+    "sharded": "--fsdp --optimizer adamw",
 }
-ADAPTABLE = ("clipping", "accumulation", "own hook", "checkpointing", "drop_last")
+ADAPTABLE = ("clipping", "accumulation", "own hook", "checkpointing", "drop_last", "sharded")
 RANKS = (0, 1)
 # The split changes every three steps, and is uneven in three of four windows.
 CHANGING = ("--window", 3, "--shares", "3,1;1,3;1,1;5,2")

@@ -86,7 +86,7 @@ EVENTS: list[Logged] = [
     Lost(rank=1, reports=12),
     Loop(step=40, at=1.7e9 + 0.5, epoch=2, saved=True, rank=1),
     Averaged(step=47, steps=8, seconds=0.25, distance=1e-3, norm=12.5, checksum=-(1 << 40), rank=1),
-    Learned(step=47, steps=8, loss=2.5, lr=1e-3, rank=1),
+    Learned(step=47, steps=8, loss=2.5, spread=0.5, lr=1e-3, rank=1),
     Paced(plan=3, before="sync_period=1", chosen="sync_period=8", communication=0.75, reason="grown", at=3.25),
     Tuned(
         lap=3,

@@ -142,28 +142,39 @@ class Loop(Message, frozen=True, tag="loop"):
     rank: int = -1
 
 
+class Meeting(Message, frozen=True, tag="meeting"):
+    """Asks whether all ranks are about to evaluate or to save after `step`, so that their replicas may be averaged first."""
+
+    step: Count
+
+
 class Averaged(Message, frozen=True, tag="averaged"):
     """The replicas were averaged after `step`, `steps` steps after the last time.
 
-    `distance` is this replica's from the average, `norm` the average's own length, both Euclidean over all parameters.
+    `distance` is this replica's from the average, `norm` the average's own length, both Euclidean over all parameters; None
+    where they are not finite.
     `checksum` is the same on all ranks if the replicas are; None after a gossip, which leaves them apart.
     """
 
     step: Count
     steps: Positive
     seconds: Seconds
-    distance: Annotated[float, Meta(ge=0.0, lt=1e30)]
-    norm: Annotated[float, Meta(ge=0.0, lt=1e30)]
+    distance: float | None = None
+    norm: float | None = None
     checksum: int | None = None
     rank: int = -1
 
 
 class Learned(Message, frozen=True, tag="learned"):
-    """A worker's mean loss over `steps` steps up to `step`, and its optimizer's learning rate; None where unknown."""
+    """How a worker's training went up to `step`: the mean loss of `steps` backward passes, their standard deviation, the rate.
+
+    None where unknown or not finite.
+    """
 
     step: Count
     steps: Positive
     loss: float | None = None
+    spread: float | None = None
     lr: float | None = None
     rank: int = -1
 
@@ -195,11 +206,22 @@ class Plan(Message, frozen=True, tag="plan"):
         """All workers have the same share, as under torchrun."""
         return len(set(self.shares)) <= 1
 
+    def same_pace(self, other: Plan) -> bool:
+        """Whether the workers synchronise in the same way under both."""
+        mine = (self.sync_period, self.compression, self.topology, self.outer)
+        return mine == (other.sync_period, other.compression, other.topology, other.outer)
+
     def shares_for(self, global_batch: int) -> list[int]:
         """The shares of a batch of another size: the last one of an epoch, or another loader's."""
         if global_batch == sum(self.shares):
             return self.shares
         return apportion(self.shares, global_batch)
+
+
+class Met(Message, frozen=True, tag="met"):
+    """The answer to `Meeting`, the same for all ranks that ask."""
+
+    all: bool
 
 
 class Refusal(Message, frozen=True, tag="refusal"):
@@ -346,8 +368,8 @@ class RunEnded(Message, frozen=True, tag="run_ended"):
     at: float
 
 
-FromWorker = Hello | Steps | PlanRequest | Notice | Loop | Averaged | Learned
-ToWorker = Plan | Refusal
+FromWorker = Hello | Steps | PlanRequest | Notice | Loop | Meeting | Averaged | Learned
+ToWorker = Plan | Met | Refusal
 Logged = (
     RunStarted
     | WorkersStarted

@@ -30,7 +30,10 @@ from adarun.events import (
     Logged,
     Loop,
     Lost,
+    Meeting,
+    Met,
     Notice,
+    Paced,
     PlanRequest,
     Refusal,
     Refused,
@@ -45,6 +48,7 @@ T = TypeVar("T")
 
 HELLO_SECONDS = 10.0
 SAMPLE_SECONDS = 1.0
+MEETING_SECONDS = 2.0
 # Far above what 1,000 steps a second bring; who sends more for this long is broken or hostile.
 FLOOD_BYTES_PER_SECOND = 4 << 20
 FLOOD_BURST_BYTES = 32 << 20
@@ -70,6 +74,8 @@ class Hub:
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
         self._workers: dict[int, Hello] = {}
         self._group: WorkersStarted | None = None
+        # By step: which ranks want to evaluate or to save, and what they are told.
+        self._meetings: dict[int, tuple[set[int], asyncio.Future[bool]]] = {}
         self._thread = threading.Thread(target=self._run, name="adarun-hub", daemon=True)
 
     def start(self) -> None:
@@ -91,6 +97,7 @@ class Hub:
 
         async def renew() -> None:
             self._workers = {}
+            self._meetings = {}
             self._group = event
             self._see(event)
 
@@ -214,6 +221,8 @@ class Hub:
                 self._reports(rank, message)
             elif isinstance(message, PlanRequest):
                 await self._send(writer, self._answer(rank, message))
+            elif isinstance(message, Meeting):
+                await self._send(writer, Met(all=await self._meet(rank, message.step)))
             elif isinstance(message, Loop | Averaged | Learned):
                 self._see(msgspec.structs.replace(message, rank=rank))
             elif isinstance(message, Notice):
@@ -223,6 +232,20 @@ class Hub:
                 raise RefusedClient(f"rank {rank} says hello twice")
             # A client whose messages are all there already would otherwise never let the others have their turn.
             await asyncio.sleep(0)
+
+    async def _meet(self, rank: int, step: int) -> bool:
+        """Whether all ranks ask after this step; the answer is the same for all, however late they ask."""
+        if step not in self._meetings:
+            self._meetings[step] = (set(), self._loop.create_future())
+        asked, answer = self._meetings[step]
+        asked.add(rank)
+        if self._group is not None and len(asked) == self._group.world_size and not answer.done():
+            answer.set_result(True)
+        # Who comes alone is not kept waiting for long.
+        await asyncio.wait([answer], timeout=MEETING_SECONDS)
+        if not answer.done():
+            answer.set_result(False)
+        return answer.result()
 
     def _reports(self, rank: int, message: Steps) -> None:
         for step in message.reports:
@@ -236,7 +259,7 @@ class Hub:
         answer, events = self.planner.answer(rank, request)
         for event in events:
             # The planner knows no clock.
-            self._log(msgspec.structs.replace(event, at=time.time()) if isinstance(event, Decision) else event)
+            self._log(msgspec.structs.replace(event, at=time.time()) if isinstance(event, Decision | Paced) else event)
         if isinstance(answer, Refusal):
             self._log(Refused(reason=answer.reason, pid=self._workers[rank].pid, at=time.time()))
         return answer

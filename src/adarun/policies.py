@@ -27,7 +27,10 @@ def table_path() -> Path:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is to be tuned, and how: the settings in words, the policy's name, its seed, and the job's epochs, 0 if unknown."""
+    """What is to be tuned, and how.
+
+    The settings in words (none without --tune), the policy's name, its seed, and the job's epochs, 0 if unknown.
+    """
 
     names: list[str]
     policy: str
@@ -48,7 +51,7 @@ def load(tuning: Tuning) -> Policy:
         return ppo.load(Path(tuning.policy[4:]), rng)
     if tuning.policy == "qlearning":
         return QLearning.from_table(rng, read_table(table_path()))
-    if policy := built_in(tuning.policy, rng, tuning.names[0]):
+    if policy := built_in(tuning.policy, rng, *tuning.names[:1]):
         return policy
     found = entry_points(group=GROUP)
     for entry in found.select(name=tuning.policy):

@@ -5,6 +5,7 @@ Knows no socket, clock, file or torch. A `State` belongs to whoever folds into i
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -80,8 +81,8 @@ class State:
     totals: dict[int, Totals] = field(default_factory=dict)
     resources: dict[int, Resources] = field(default_factory=dict)
     ever_uneven: bool = False
-    # Counted steps since the last window was closed: rank -> [(samples, busy, wait, seconds)].
-    fresh: dict[int, list[tuple[int, float, float, float]]] = field(default_factory=dict)
+    # Counted steps since the last window was closed: rank -> [(samples, busy, wait, seconds, step)].
+    fresh: dict[int, list[tuple[int, float, float, float, int]]] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan | None:
@@ -94,7 +95,7 @@ def fold(state: State, event: Logged) -> State:
     if isinstance(event, Step):
         state.totals.setdefault(event.rank, Totals()).add(event)
         if _counts(state, event):
-            measured = (event.samples, event.busy_seconds, event.wait, event.seconds)
+            measured = (event.samples, event.busy_seconds, event.wait, event.seconds, event.step)
             state.fresh.setdefault(event.rank, []).append(measured)
     elif isinstance(event, Plan):
         state.plans.append(event)
@@ -118,7 +119,8 @@ def _counts(state: State, step: Step) -> bool:
     for number in range(len(state.plans) - 1, -1, -1):
         plan = state.plans[number]
         if plan.start <= step.step:
-            changed = number > 0 and plan.shares != state.plans[number - 1].shares
+            before = state.plans[max(0, number - 1)]
+            changed = plan.shares != before.shares or not plan.same_pace(before)
             return not changed or step.step >= plan.start + SETTLE_STEPS
     return True
 
@@ -138,11 +140,13 @@ def close_window(state: State) -> Window | None:
     samples, busy, wait, noise, seconds = [], [], [], [], []
     for table in tables:
         times = capped(table[:, 1])
+        # Where only some steps synchronise, these are no outliers.
+        whole = capped(table[:, 3]) if plan.sync_period == 1 else times + table[:, 2]
         samples.append(float(table[0, 0]))
         busy.append(float(times.mean()))
         wait.append(float(table[:, 2].mean()))
         noise.append(float(times.std(ddof=1) / math.sqrt(len(times)) / times.mean()))
-        seconds.append(float(capped(table[:, 3]).mean()))
+        seconds.append(float(whole.mean()))
     return Window(
         plan=plan.number,
         steps=max(len(table) for table in tables),
@@ -151,7 +155,19 @@ def close_window(state: State) -> Window | None:
         busy_seconds=busy,
         wait_seconds=wait,
         noise=noise,
+        sync_seconds=shared_wait(tables),
     )
+
+
+def shared_wait(tables: list[Floats]) -> float:
+    """The mean over steps of the shortest wait: the last worker to be ready waits for the network alone."""
+    steps, waits = [table[:, 4] for table in tables], [table[:, 2] for table in tables]
+    if any(not np.array_equal(steps[0], others) for others in steps[1:]):
+        common = functools.reduce(np.intersect1d, steps)
+        if not len(common):
+            return float(min(own.mean() for own in waits))
+        waits = [own[np.isin(of, common)] for own, of in zip(waits, steps, strict=True)]
+    return float(np.min(waits, axis=0).mean())
 
 
 def capped(seconds: Floats) -> Floats:
@@ -180,9 +196,17 @@ def newest_measured(state: State) -> tuple[Plan, list[Floats]] | None:
 
     Reports of one rank may run ahead of another's, so the fresh steps can be of two plans; a window speaks of one.
     """
-    for plan in reversed(state.plans[-3:]):
+    for number in range(len(state.plans) - 1, max(-1, len(state.plans) - 4), -1):
+        plan = state.plans[number]
+        since = number
+        while since > max(0, number - 3) and plan.same_pace(state.plans[since - 1]):
+            since -= 1
+        first, stop = state.plans[since].start, plan.stop
         tables = [
-            np.array([row for row in state.fresh.get(rank, []) if row[0] == share], dtype=np.float64)
+            np.array(
+                [row for row in state.fresh.get(rank, []) if row[0] == share and first <= row[4] < stop],
+                dtype=np.float64,
+            )
             for rank, share in enumerate(plan.shares)
         ]
         if all(len(table) >= MIN_COUNTED_STEPS for table in tables):

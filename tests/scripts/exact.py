@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -28,6 +29,7 @@ parser.add_argument("--accumulate", type=int, default=1)
 parser.add_argument("--hook", action="store_true", help="a communication hook of the script's own")
 parser.add_argument("--sum", action="store_true", help="a loss summed over the samples")
 parser.add_argument("--batchnorm", action="store_true")
+parser.add_argument("--fsdp", action="store_true", help="a model sharded over the workers")
 parser.add_argument(
     "--auxiliary", action="store_true", help="a loss that the model keeps aside, as mixtures of experts do"
 )
@@ -94,7 +96,8 @@ def decided(folder: str) -> bool:
 
 def train(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
-    model = DistributedDataParallel(Model(args).double())
+    network = Model(args).double()
+    model = fully_shard(network) if args.fsdp else DistributedDataParallel(network)
     if args.hook:
         model.register_comm_hook(None, hook)
     data = Data(args.samples)
@@ -122,7 +125,7 @@ def train(args: argparse.Namespace) -> dict:
             model.require_backward_grad_sync = last
             loss = loss_of(model(x.requires_grad_(args.checkpointing)), y)
             if args.auxiliary:
-                loss = loss + model.module.auxiliary
+                loss = loss + network.auxiliary
             loss.backward()
             if last:
                 if args.clip:
@@ -133,11 +136,15 @@ def train(args: argparse.Namespace) -> dict:
         with torch.no_grad():
             assert sum(len(x) for _, x, _ in evaluation) == len(evaluation.sampler)
         epoch += 1
-    return {"parameters": model.module.state_dict(), "drawn": drawn}
+    parameters = network.state_dict()
+    if args.fsdp:
+        parameters = {name: value.full_tensor() for name, value in parameters.items()}
+    return {"parameters": parameters, "drawn": drawn}
 
 
-folder, *cases = sys.argv[1:]
-dist.init_process_group("gloo")
-for number, case in enumerate(cases):
-    torch.save(train(parser.parse_args(shlex.split(case))), f"{folder}/{number}.{dist.get_rank()}")
-dist.destroy_process_group()
+if __name__ == "__main__":
+    folder, *cases = sys.argv[1:]
+    dist.init_process_group("gloo")
+    for number, case in enumerate(cases):
+        torch.save(train(parser.parse_args(shlex.split(case))), f"{folder}/{number}.{dist.get_rank()}")
+    dist.destroy_process_group()

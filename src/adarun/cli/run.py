@@ -21,10 +21,15 @@ from adarun.errors import UsageError, WorkersFailed
 from adarun.launch import knobs
 
 if TYPE_CHECKING:
+    from adarun.control.pace import Allowed
+    from adarun.control.planner import Settings
     from adarun.policies import Tuning
 
 TORCHRUN = "torchrun's options"
 ADARUN = "adarun's options"
+# What --sync-period, --compress, --topology and --outer are by default.
+EXACT_KNOBS = ("1", "none", "allreduce", "none")
+RING_WORKERS = 8
 # Filled as typer reads the signature below.
 TORCHRUN_NAMES: set[str] = set()
 
@@ -66,6 +71,31 @@ class LossReduction(str, Enum):
 
     mean = "mean"
     sum = "sum"
+
+
+class Topology(str, Enum):
+    """Whom the workers average their parameters with."""
+
+    allreduce = "allreduce"
+    gossip = "gossip"
+    ring = "ring"
+    auto = "auto"
+
+
+class Compress(str, Enum):
+    """How gradients are sent."""
+
+    none = "none"
+    bf16 = "bf16"
+    powersgd = "powersgd"
+    auto = "auto"
+
+
+class Outer(str, Enum):
+    """What is done with averaged parameters."""
+
+    none = "none"
+    nesterov = "nesterov"
 
 
 def torchrun(text: str, *names: str) -> Any:
@@ -127,6 +157,27 @@ def run(
     loss_reduction: Annotated[
         LossReduction, adarun("How the script's loss is reduced over a batch's samples.", "--loss-reduction")
     ] = LossReduction.mean,
+    sync_period: Annotated[
+        str,
+        adarun(
+            "Average the parameters every so many steps instead of the gradients in each: a number, a range as 1:32, or auto. 1 is exact.",
+            "--sync-period",
+        ),
+    ] = "1",
+    compress: Annotated[
+        Compress, adarun("Compress gradients on their way; auto: where it pays. none is exact.", "--compress")
+    ] = Compress.none,
+    topology: Annotated[
+        Topology,
+        adarun(
+            "allreduce: average over all workers; gossip: with one other at a time; ring: with both neighbours.",
+            "--topology",
+        ),
+    ] = Topology.allreduce,
+    outer: Annotated[
+        Outer,
+        adarun("nesterov: DiLoCo's outer step on the averages, from a sync period of 32 on.", "--outer"),
+    ] = Outer.none,
     tune: Annotated[
         list[str] | None,
         adarun(
@@ -144,7 +195,7 @@ def run(
     policy: Annotated[
         str,
         adarun(
-            "What chooses among the settings of --tune: thompson, ucb, qlearning, fixed, off, ppo:FILE, or one that another package brings.",
+            "What chooses among the settings of --tune, --compress auto and --topology auto: thompson, ucb, qlearning, fixed, off, ppo:FILE, or one that another package brings.",
             "--policy",
         ),
     ] = "thompson",
@@ -245,15 +296,32 @@ def run(
     scripted = parse_shares(shares)
     if scripted and adapt is not Adapt.on:
         raise UsageError(f"--shares changes the split, which --adapt {adapt.value} forbids; leave one of them out")
+    knobs_given = (sync_period, compress.value, topology.value, outer.value)
+    if knobs_given != EXACT_KNOBS and adapt is not Adapt.on:
+        raise UsageError(
+            f"--sync-period, --compress, --topology and --outer change the training, which --adapt {adapt.value} forbids; "
+            "leave one of them out"
+        )
     settings = knobs.parse(tune or [], arguments)
-    tuning = settings_to_try(settings, policy, tune_epochs, arguments)
+    if tune_epochs < 0:
+        raise UsageError(f"--tune-epochs {tune_epochs} is negative; give the number of epochs that the script trains")
+    from adarun.control.planner import Settings  # noqa: PLC0415 - numpy takes a tenth of a second
+    from adarun.policies import Tuning, load  # noqa: PLC0415
+
+    asked = Settings(adapt.value, window, scripted, max_share, allowed_pace(*knobs_given))
+    num_epochs = tune_epochs or epochs_in(arguments)
+    tuning = Tuning([knobs.in_words(setting) for setting in settings], policy, secrets.randbits(32), num_epochs)
+    load(tuning)  # a policy that there is not is known before anything is started
     os.environ.update(
-        ADARUN_ADAPT=adapt.value, ADARUN_BATCHNORM=batchnorm.value, ADARUN_LOSS_REDUCTION=loss_reduction.value
+        ADARUN_ADAPT=adapt.value,
+        ADARUN_BATCHNORM=batchnorm.value,
+        ADARUN_LOSS_REDUCTION=loss_reduction.value,
+        ADARUN_SYNC="" if knobs_given == EXACT_KNOBS else "on" if compress is Compress.none else "on,compress",
     )
     for variable in ("ADARUN_HUB", "ADARUN_ATTEMPT", "ADARUN_ATTACHED"):
         os.environ.pop(variable, None)  # of a job in whose worker this one was started
     given = torchrun_arguments(context, script, arguments)
-    sys.exit(job(given, script, runs_dir, adapt.value, window, scripted, max_share, settings, tuning))
+    sys.exit(job(given, script, runs_dir, asked, tuning, settings))
 
 
 def given_by_torchrun(name: str) -> bool:
@@ -276,6 +344,29 @@ def parse_shares(text: str) -> list[list[int]]:
     return splits
 
 
+def allowed_pace(sync_period: str, compress: str, topology: str, outer: str) -> Allowed:
+    """What --sync-period, --compress, --topology and --outer allow.
+
+    Raises:
+        UsageError: the period is not one, or too short for the outer step.
+    """
+    from adarun.control.pace import MOST, OUTER_PERIOD, Allowed  # noqa: PLC0415 - numpy takes a tenth of a second
+
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", f"1:{MOST}" if sync_period == "auto" else sync_period)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most <= MOST:
+        raise UsageError(
+            f"--sync-period {sync_period} is no number from 1 to {MOST}, no range of them as 1:32, and not auto"
+        )
+    if outer != "none" and most < OUTER_PERIOD:
+        raise UsageError(
+            f"--outer {outer} needs many local steps; give --sync-period {OUTER_PERIOD} or more, or leave it out"
+        )
+    compressions = ("none", "bf16", "powersgd") if compress == "auto" else (compress,)
+    topologies = ("allreduce", "gossip") if topology == "auto" else (topology,)
+    return Allowed((least, most), compressions, topologies, outer)
+
+
 def torchrun_arguments(context: typer.Context, script: str, arguments: list[str]) -> list[str]:
     """The command line as torch's own parser takes it: what was given of its options, the script, the script's arguments."""
     given = []
@@ -286,36 +377,19 @@ def torchrun_arguments(context: typer.Context, script: str, arguments: list[str]
     return [*given, script, *arguments]
 
 
-def settings_to_try(settings: list[knobs.Setting], policy: str, num_epochs: int, arguments: list[str]) -> Tuning | None:
-    """What --tune, --policy and --tune-epochs ask for together, or None where nothing is to be tuned.
-
-    Raises:
-        UsageError: there is no such policy, or no number of epochs is so small.
-    """
-    if num_epochs < 0:
-        raise UsageError(f"--tune-epochs {num_epochs} is negative; give the number of epochs that the script trains")
-    if not settings:
-        return None
-    if not num_epochs:
-        found = re.search(r"(?:^| )--(?:num[-_]|max[-_])?epochs[= ](\d+)", " ".join(arguments))
-        num_epochs = int(found[1]) if found else 0
-    from adarun.policies import Tuning, load  # noqa: PLC0415 - numpy takes a tenth of a second
-
-    tuning = Tuning([knobs.in_words(setting) for setting in settings], policy, secrets.randbits(32), num_epochs)
-    load(tuning)
-    return tuning
+def epochs_in(arguments: list[str]) -> int:
+    """How many epochs the script's own arguments ask for, 0 if they do not say."""
+    found = re.search(r"(?:^| )--(?:num[-_]|max[-_])?epochs[= ](\d+)", " ".join(arguments))
+    return int(found[1]) if found else 0
 
 
 def job(
     arguments: list[str],
     script: str,
     runs_dir: Path,
-    adapt: str,
-    window: int,
-    scripted: list[list[int]],
-    max_share: int,
+    asked: Settings,
+    tuning: Tuning,
     settings: list[knobs.Setting],
-    tuning: Tuning | None,
 ) -> int:
     """Run the job and return the exit code."""
     # torch takes 1.5 to 2 s to import: only now is it needed.
@@ -324,14 +398,19 @@ def job(
 
     configured = agent.configure(arguments)
     num_workers = configured[0].max_nodes * configured[0].nproc_per_node
-    if scripted and len(scripted[0]) != num_workers:
+    if asked.scripted and len(asked.scripted[0]) != num_workers:
         raise UsageError(
-            f"--shares names {len(scripted[0])} workers and the job has {num_workers}; give a number a rank"
+            f"--shares names {len(asked.scripted[0])} workers and the job has {num_workers}; give a number a rank"
+        )
+    if "ring" in asked.allowed.topologies and num_workers > RING_WORKERS:
+        raise UsageError(
+            f"--topology ring is for up to {RING_WORKERS} workers and the job has {num_workers}; use gossip, which "
+            "mixes faster"
         )
     if settings and configured[0].max_nodes > 1:
         raise UsageError("--tune restarts the workers of one node; it cannot be used with --nnodes above 1")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(script).stem}-{secrets.token_hex(2)}"
-    with Recording(runs_dir, name, sys.argv[1:], adapt, window, scripted, tuning, max_share) as recording:
+    with Recording(runs_dir, name, sys.argv[1:], asked, tuning) as recording:
         try:
             agent.launch(configured, recording.hub, recording.log, settings)
         except WorkersFailed as error:

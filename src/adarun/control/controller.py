@@ -103,6 +103,10 @@ class Controller:
         self.actual_seconds += window.steps * window.step_seconds
         self.even_seconds += window.steps * (window.step_seconds + saved)
 
+    def forget_times(self) -> None:
+        """Steps will take another time for another reason than the shares: compare none with those before."""
+        self._times, self._trial = [], None
+
     def decide(self, window: Window, global_batch: int) -> Decision:
         """The shares after `window`, which `learn` has taken in."""
         model, now = self.model, self.shares

@@ -10,12 +10,27 @@ import msgspec
 
 from adarun.control.controller import Controller
 from adarun.control.guard import Memory
-from adarun.events import Logged, Notice, Plan, PlanRequest, Refusal, Resources, Window, WorkersStarted
+from adarun.control.pace import AS_TORCHRUN, EXACT, Allowed, MakePolicy, Pace, Pacer
+from adarun.control.policy import Off
+from adarun.events import (
+    Averaged,
+    Learned,
+    Logged,
+    Notice,
+    Plan,
+    PlanRequest,
+    Refusal,
+    Resources,
+    Window,
+    WorkersStarted,
+)
 from adarun.state import State, close_window, fold
 
 # A worker asks for the step it draws next; one that asks much further ahead is broken.
 MAX_AHEAD = 100_000
 FACTS_KEPT = 256
+# The first plan synchronises in every step whatever is allowed; on a slow network that takes long.
+FIRST_PACED_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -26,13 +41,17 @@ class Settings:
     window: int = 0
     scripted: Sequence[Sequence[int]] = ()
     max_share: int = 0
+    allowed: Allowed = AS_TORCHRUN
 
 
 class Planner:
     """Folds a job's events into its state and answers plan requests from it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, make_policy: MakePolicy = lambda _values: Off()) -> None:
+        """`make_policy` gives a new policy for a knob with these values, where one chooses."""
         self.state = State()
+        self.pacer: Pacer | None = None
+        self._make_policy = make_policy
         self.controller: Controller | None = None
         self._settings = settings
         self._askers: dict[int, str] = {}
@@ -47,7 +66,14 @@ class Planner:
             # Plans start anew with the worker group; what was learned of the workers stays, if they are as many.
             if self.controller is None or len(self.controller.model.fixed) != event.world_size:
                 self.controller = Controller(event.world_size, self._settings.scripted, self._settings.max_share)
+                if not self._settings.allowed.exact:
+                    self.pacer = Pacer(self._settings.allowed, event.world_size, self._make_policy)
+            if self.pacer is not None:
+                self.pacer.restart()
             self._askers, self._facts = {}, OrderedDict()
+        elif isinstance(event, Averaged | Learned):
+            if self.pacer is not None:
+                self.pacer.see(event)
         elif isinstance(event, Resources):
             self._see_memory(event)
 
@@ -84,9 +110,23 @@ class Planner:
         for notice in state.notices.values():
             if notice.freezes:
                 return notice.text
+        return self._why_not_all() or next((reason for reason in self._askers.values() if reason), "")
+
+    def why_exact(self) -> str:
+        """Why the workers have to synchronise in every step, as DDP does, or an empty string."""
+        state = self.state
+        if state.num_nodes > 1:
+            return "the job spans several nodes, which this version only measures"
+        for notice in state.notices.values():
+            if notice.synchronises:
+                return notice.text
+        return self._why_not_all()
+
+    def _why_not_all(self) -> str:
+        state = self.state
         if missing := sorted(set(range(state.world_size)) - set(self._askers)):
             return f"rank {missing[0]} has not asked for a plan, so it may not follow one"
-        return next((reason for reason in self._askers.values() if reason), "")
+        return ""
 
     def _emit(self, event: Logged) -> None:
         fold(self.state, event)
@@ -98,6 +138,8 @@ class Planner:
             return Refusal(f"a global batch of {request.global_batch} cannot be shared by {state.world_size} workers")
         if refusal := self._disagreement(rank, request):
             return refusal
+        if self.pacer is not None and self.pacer.apart:
+            return Refusal(self.pacer.apart)
         self._askers[rank] = request.frozen
         stop = state.plans[-1].stop if state.plans else 0
         if request.step >= stop + MAX_AHEAD:
@@ -126,11 +168,18 @@ class Planner:
         state, controller, total = self.state, self.controller, request.global_batch
         number, self._next_number = self._next_number, self._next_number + 1
         start = state.plans[-1].stop if state.plans else 0
+        steps = self._settings.window
         if not state.plans or sum(controller.shares) != total:
-            shares, reason = controller.start(total), "even: the first window of these workers"
+            window, shares, reason = None, controller.start(total), "even: the first window of these workers"
+            if self.pacer is not None:
+                steps = steps or FIRST_PACED_STEPS
         else:
-            shares, reason = self._decide(total)
-        steps = self._settings.window or controller.window_steps()
+            window = self._close_window()
+            shares, reason = self._decide(window, total)
+        pace = self._pace(window, total)
+        steps = steps or controller.window_steps()
+        # Whole periods, so that every plan ends with replicas that are the same.
+        steps = -(-steps // pace.sync_period) * pace.sync_period
         return Plan(
             number=number,
             start=start,
@@ -138,12 +187,30 @@ class Planner:
             shares=shares,
             attempt=state.attempt,
             reason=reason,
+            sync_period=pace.sync_period,
+            compression=pace.compression,
+            topology=pace.topology,
+            outer=pace.outer,
         )
 
-    def _decide(self, total: int) -> tuple[list[int], str]:
+    def _pace(self, window: Window | None, total: int) -> Pace:
+        """How the workers synchronise under the next plan; as DDP does until all are known to follow plans."""
+        pacer, controller = self.pacer, self.controller
+        if pacer is None or controller is None or not self.state.plans:
+            return EXACT
+        before, forced = pacer.pace, self.why_exact()
+        if window is None:
+            pacer.go_on(forced)
+        else:
+            self._emit(pacer.decide(window, total, forced))
+        if pacer.pace != before:
+            # Steps take another time for another reason than the shares.
+            controller.forget_times()
+        return pacer.pace
+
+    def _decide(self, window: Window | None, total: int) -> tuple[list[int], str]:
         assert self.controller is not None
-        controller = self.controller
-        window, why_even = self._close_window(), self.why_even()
+        controller, why_even = self.controller, self.why_even()
         if not why_even and (scripted := controller.next_scripted(total)):
             return scripted, "given by --shares"
         if window is None:

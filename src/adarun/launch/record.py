@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import sys
@@ -33,37 +34,38 @@ class Recording:
         runs_dir: Path,
         name: str,
         command: list[str],
-        adapt: str,
-        window: int,
-        scripted: list[list[int]],
-        tuning: Tuning | None = None,
-        max_share: int = 0,
+        settings: Settings,
+        tuning: Tuning,
     ) -> None:
         self.exit_code = 0
         self._began = time.monotonic()
         about: dict[str, Any] = {
             "run": name,
             "command": command,
-            "adapt": adapt,
-            "window": window,
-            "shares": scripted,
-            "max_share": max_share,
+            "adapt": settings.adapt,
+            "window": settings.window,
+            "shares": settings.scripted,
+            "max_share": settings.max_share,
+            "sync_periods": settings.allowed.periods,
+            "compressions": settings.allowed.compressions,
+            "topologies": settings.allowed.topologies,
+            "outer": settings.allowed.outer,
             "adarun": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "host": platform.node(),
             "folder": str(Path.cwd()),
             "pid": os.getpid(),
-            "settings": tuning.names if tuning else [],
-            "policy": tuning.policy if tuning else None,
-            "seed": tuning.seed if tuning else None,
+            "settings": tuning.names,
+            "policy": tuning.policy,
+            "seed": tuning.seed,
             "started": time.time(),
         }
         self._runlog = open_log(runs_dir, name, about)
         self.log(RunStarted(schema=SCHEMA_VERSION, run=name, command=command, at=time.time()))
-        self.planner = Planner(Settings(adapt=adapt, window=window, scripted=scripted, max_share=max_share))
-        self._policy = load(tuning) if tuning else None
-        tuner = Tuner(tuning.names, self._policy, tuning.num_epochs) if tuning and self._policy else None
+        self.planner = Planner(settings, lambda values: load(dataclasses.replace(tuning, names=list(values))))
+        self._policy = load(tuning) if tuning.names else None
+        tuner = Tuner(tuning.names, self._policy, tuning.num_epochs) if self._policy else None
         self.hub = Hub(self.planner, self.log, tuner)
 
     def log(self, event: Logged) -> None:

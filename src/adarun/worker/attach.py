@@ -55,6 +55,12 @@ def _attach() -> None:
     observer = Observer(hello.rank)
     client = Client(env["ADARUN_HUB"], hello, observer.drain)
     env["ADARUN_ATTACHED"] = str(os.getpid())
+    sync = None
+    if (knobs := env.get("ADARUN_SYNC", "")) and hello.world_size > 1:
+        # Few ask for it, and it loads half of torch.distributed.
+        from adarun.worker.sync import Synchroniser  # noqa: PLC0415
+
+        sync = Synchroniser(client, hello.rank, hello.world_size, compress="compress" in knobs)
     training = Training(
         client,
         observer,
@@ -62,6 +68,7 @@ def _attach() -> None:
         adapt=env.get("ADARUN_ADAPT", "on"),
         batchnorm=env.get("ADARUN_BATCHNORM", "freeze"),
         loss_reduction=env.get("ADARUN_LOSS_REDUCTION", "mean"),
+        sync=sync,
     )
     training.install()
     atexit.register(training.close)

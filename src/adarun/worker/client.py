@@ -16,7 +16,7 @@ from contextlib import suppress
 import msgspec
 
 from adarun.errors import HubLost
-from adarun.events import MAX_REPORTS, FromWorker, Hello, Plan, PlanRequest, Steps, ToWorker, frame
+from adarun.events import MAX_REPORTS, FromWorker, Hello, Meeting, Met, Plan, PlanRequest, Steps, ToWorker, frame
 
 FLUSH_SECONDS = 0.4
 # How long a plan may take. The hub answers in well under a millisecond; a launcher that was stopped for a while may come
@@ -39,7 +39,7 @@ class Client:
         self._drain = drain
         self._lock = threading.Lock()
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
-        self._outbox: deque[FromWorker] = deque(maxlen=1024)
+        self._outbox: deque[FromWorker | Callable[[], FromWorker]] = deque(maxlen=1024)
         self._closing = threading.Event()
         self._pid = os.getpid()
         self._plans: deque[Plan] = deque(maxlen=8)
@@ -47,8 +47,8 @@ class Client:
         self._thread = threading.Thread(target=self._run, name="adarun-reports", daemon=True)
         self._thread.start()
 
-    def post(self, message: FromWorker) -> None:
-        """Send `message` soon, in order, without waiting."""
+    def post(self, message: FromWorker | Callable[[], FromWorker]) -> None:
+        """Send `message` soon, in order, without waiting; one that has to wait for a GPU is made in the sending thread."""
         self._outbox.append(message)
 
     def known_plan(self, step: int) -> Plan | None:
@@ -66,27 +66,39 @@ class Client:
         """
         if known := self.known_plan(request.step):
             return known
+        answer = self._ask(request, f"the plan for step {request.step}")
+        if not isinstance(answer, Plan):
+            raise HubLost(f"adarun's launcher refuses this worker: {getattr(answer, 'reason', answer)}")
+        self._plans.append(answer)
+        return answer
+
+    def meet(self, step: int) -> bool:
+        """Whether all ranks ask this after the same step.
+
+        Raises:
+            HubLost: the hub is gone or did not answer.
+        """
+        answer = self._ask(Meeting(step=step), f"whether to average after step {step}")
+        return isinstance(answer, Met) and answer.all
+
+    def _ask(self, request: PlanRequest | Meeting, unknown: str) -> ToWorker:
         try:
             with self._lock:
                 # If the hub hung up, what it said before explains why.
                 with suppress(BrokenPipeError, ConnectionResetError):
                     self._send_pending()
                     self._socket.sendall(frame(request))
-                answer = self._decoder.decode(self._receive())
+                answer: ToWorker = self._decoder.decode(self._receive())
+                return answer
         except TimeoutError:
             raise HubLost(
-                f"adarun's launcher did not answer for {PLAN_TIMEOUT_SECONDS:.0f} s, so the plan for step {request.step} is "
-                "unknown; look at the launcher's host and start the job again from its last checkpoint"
+                f"adarun's launcher did not answer for {PLAN_TIMEOUT_SECONDS:.0f} s, so {unknown} is unknown; look at the "
+                "launcher's host and start the job again from its last checkpoint"
             ) from None
         except (OSError, EOFError) as error:
             raise HubLost(
-                f"adarun's launcher is gone ({error}), so the plan for step {request.step} is unknown; start the job again "
-                "from its last checkpoint"
+                f"adarun's launcher is gone ({error}), so {unknown} is unknown; start the job again from its last checkpoint"
             ) from None
-        if not isinstance(answer, Plan):
-            raise HubLost(f"adarun's launcher refuses this worker: {answer.reason}")
-        self._plans.append(answer)
-        return answer
 
     def close(self) -> None:
         """Send what is left and hang up; safe to call twice, and in a forked child, where it does nothing."""
@@ -110,7 +122,8 @@ class Client:
 
     def _send_pending(self) -> None:
         while self._outbox:
-            self._socket.sendall(frame(self._outbox.popleft()))
+            message = self._outbox.popleft()
+            self._socket.sendall(frame(message() if callable(message) else message))
         while (steps := self._drain()) is not None:
             self._socket.sendall(frame(steps))
             if len(steps.reports) < MAX_REPORTS:

@@ -30,6 +30,8 @@ class Backward:
         self.num_passes = 0
         # Called before a pass that a script starts, where there is something to check; may refuse it.
         self.before: Callable[[], None] | None = None
+        # Told what each pass starts from, where somebody wants to know the loss.
+        self.on_loss: Callable[[Sequence[Root]], None] | None = None
         self._observer = observer
         self._running = False
         # Whether a parameter's hook tells that a pass is under way (None: there is no such hook), and did in this one.
@@ -55,6 +57,8 @@ class Backward:
             try:
                 if self.before is not None:
                     self.before()
+                if self.on_loss is not None:
+                    self.on_loss(roots_of(tensors))
                 observer.phase(BACKWARD)
                 if self.weight != 1.0:
                     # torch still takes the seeds under their old name.

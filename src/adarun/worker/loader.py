@@ -20,6 +20,7 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     step: int
     samples: int
     weight: float = 1.0
+    plan: Plan | None = None
 
 
 class Cut(NamedTuple):
@@ -106,7 +107,7 @@ class ShareBatchSampler(BatchSampler):
                 until = plan.stop
                 first, stop, stride, weight = cut(plan.shares_for(min(full, end - start)), self._rank)
             indices = order[start + first : start + stop : stride]
-            session.pieces.append(Piece(step, len(indices), weight))
+            session.pieces.append(Piece(step, len(indices), weight, plan))
             yield indices
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import io
+import sys
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
@@ -22,6 +25,9 @@ from adarun.worker.gradients import Backward
 from adarun.worker.loader import Piece, Session, ShareBatchSampler, cut, why_not
 from adarun.worker.observe import UPDATE, WAIT, Observer
 
+if TYPE_CHECKING:
+    from adarun.worker.sync import Synchroniser
+
 T = TypeVar("T")
 
 BATCHNORM = (
@@ -33,7 +39,7 @@ DRAWN_AHEAD = (
     "the script draws its next batch before the backward pass of the last one (a prefetcher, or one backward pass for "
     "several batches), and the two cannot be told apart",
 )
-NO_DDP = "no model is wrapped in DistributedDataParallel, whose averaging the weights of uneven shares count on"
+NO_DDP = "no model is wrapped in DistributedDataParallel or fully_shard, whose averaging the weights of uneven shares count on"
 INTERLEAVED = (
     "interleaved",
     "the script draws from two training loaders in turn, and their batches cannot be told apart",
@@ -49,18 +55,30 @@ class Training:
     """The state of one worker's training loop, and the patches that keep it up to date."""
 
     def __init__(
-        self, client: Client, observer: Observer, hello: Hello, *, adapt: str, batchnorm: str, loss_reduction: str
+        self,
+        client: Client,
+        observer: Observer,
+        hello: Hello,
+        *,
+        adapt: str,
+        batchnorm: str,
+        loss_reduction: str,
+        sync: Synchroniser | None = None,
     ) -> None:
         self._client = client
         self._observer = observer
         self._backward = Backward(observer)
+        # Only where the user has asked for a knob that changes the mathematics.
+        self._sync = sync
         self._rank, self._world_size = hello.rank, hello.world_size
         # `observe` follows plans too; they are all even then, so its samples are torchrun's.
         self._planned = adapt != "off"
         self._freeze_on_batchnorm = batchnorm == "freeze"
         self._weighted = loss_reduction == "mean"
-        self._models: list[DistributedDataParallel] = []
-        self._batchnorms: list[_BatchNorm] = []
+        # Those that all workers train together; a script that makes one after the other must be able to drop them.
+        self._models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._batchnorms: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
+        self._any_model = False
         self._notices: dict[str, bool] = {}
         # Of the batch drawn last.
         self._session: Session | None = None
@@ -88,6 +106,9 @@ class Training:
         self._patch_ddp()
         self._patch_loader()
         self._patch_save()
+        if self._sync is not None:
+            self._sync.install(self._mine)
+            self._backward.on_loss = self._sync.on_loss
 
     def close(self) -> None:
         """Send what was measured and hang up."""
@@ -140,6 +161,8 @@ class Training:
             # In most steps the script goes on drawing from the same loader, having learned from its last batch.
             if session is not self._session or self._backward.num_passes == self._passes_at_draw:
                 self._look_closer(session)
+            if self._sync is not None and session.planned:
+                self._end_step(self._sync)
             self._observer.begin()
             try:
                 batch = original_next(iterator)
@@ -170,25 +193,43 @@ class Training:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def _on_model(self, model: DistributedDataParallel) -> None:
-        self._models.append(model)
-        self._batchnorms += [
-            module
-            for module in model.modules()
-            if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm)
-        ]
         if trained := [parameter for parameter in model.parameters() if parameter.requires_grad]:
             self._backward.listen(trained[-1])
+        if self._sync is not None:
+            self._sync.add_model(model)
+        self._add_model(model, torch.distributed.get_world_size(model.process_group), "a DDP model")
+
+    def _find_sharded(self) -> None:
+        """Look for models that `fully_shard` has made: it changes a module's class, and tells nobody."""
+        fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is None or not fsdp.FSDPModule.__subclasses__() or any(model.training for model in self._models):
+            return
+        sharded = [thing for thing in gc.get_objects() if fsdp.FSDPModule in type(thing).__mro__]
+        for model in [model for model in sharded if model not in self._models]:
+            mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+            self._add_model(model, mesh.size() if mesh is not None else 0, "a sharded model")
+            if self._sync is not None:
+                self._sync.refuse("sharded", "the model is sharded, so no worker has a replica of its own")
+
+    def _add_model(self, model: torch.nn.Module, num_workers: int, what: str) -> None:
+        self._any_model = True
+        self._models.add(model)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
+                self._batchnorms.add(module)
         self._observer.cuda = any(p.is_cuda for p in model.parameters())
-        if torch.distributed.get_world_size(model.process_group) != self._world_size:
-            self._notice(
-                "subgroup",
-                "a DDP model is averaged over a part of the workers only, so the split stays even",
-                freezes=True,
-            )
+        if num_workers != self._world_size:
+            if self._sync is not None:
+                self._sync.refuse("part", f"{what} is averaged over a part of the workers only")
+            text = f"{what} is averaged over a part of the workers only, so the split stays even"
+            self._notice("subgroup", text, freezes=True)
 
     def _is_training(self) -> bool:
         # Without DDP there is no telling whether a loop trains until it does; its steps are measured all the same.
-        return torch.is_grad_enabled() and (not self._models or any(model.training for model in self._models))
+        if len(self._models) > 1:
+            # One that the script has dropped must be gone on all ranks, or they might disagree.
+            gc.collect()
+        return torch.is_grad_enabled() and (not self._any_model or any(model.training for model in self._models))
 
     def _notice(self, key: str, text: str, *, freezes: bool) -> None:
         if key not in self._notices:
@@ -204,6 +245,7 @@ class Training:
     # --- the loader --------------------------------------------------------------------------------------------------
 
     def _open_session(self, loader: DataLoader[Any]) -> Session:
+        self._find_sharded()
         session = Session(self._steps_drawn, training=self._is_training())
         reason = why_not(loader, self._rank, self._world_size)
         if reason is None and self._planned:
@@ -214,8 +256,10 @@ class Training:
                 loader.__dict__["batch_sampler"] = ShareBatchSampler(
                     original, self._rank, self._world_size, self._plan_for
                 )
-            session.planned = session.training and bool(self._models)
+            session.planned = session.training and self._any_model
             if session.planned:
+                if self._sync is not None:
+                    self._sync.begin_loop()
                 session.base = self._steps_planned
                 self._loop = (self._loop[0] + 1, session.base)
             loader.__dict__["batch_sampler"].session = session
@@ -224,7 +268,7 @@ class Training:
         else:
             self._observer.disturb()
             return session
-        if not self._models:
+        if not self._any_model:
             session.unplanned = NO_DDP
         else:
             session.unplanned = reason or ""
@@ -272,11 +316,23 @@ class Training:
         if session.planned and piece.step >= self._steps_planned:
             self._steps_planned = piece.step + 1
         self._passes_at_draw = self._backward.num_passes
-        if self._weighted:
+        if self._sync is not None and piece.plan is not None:
+            self._sync.begin_step(piece.plan, piece.step)
+            self._backward.weight = self._sync.weight(piece.plan, piece.weight, mean=self._weighted)
+        elif self._weighted:
             self._backward.weight = piece.weight
         self._observer.drawn(piece.step, piece.samples)
 
+    def _end_step(self, sync: Synchroniser) -> None:
+        if sync.due:
+            self._observer.phase(WAIT)
+        sync.end_step()
+
     def _after_last(self, session: Session) -> None:
+        if self._sync is not None and session.planned:
+            self._observer.phase(WAIT)
+            self._sync.finish()
+            self._sync.end_step()
         self._observer.end()
         if session.num_consumed == 1 and self._backward.num_passes == self._passes_at_draw:
             session.unsure, self._backward.before = DRAWN_AHEAD, self._before_backward
@@ -306,13 +362,15 @@ class Training:
         if self._saved or not session.num_consumed:
             self._begin_loop(self._steps_planned)
         self._look_closer(session)
+        if self._sync is not None:
+            self._end_step(self._sync)
         self._observer.begin()
         step, plan = self._steps_planned, self._even_plan
         if self._planned:
             plan = self._plan_for(step, len(batch), 0)
         first, stop, stride, weight = cut(plan.shares_for(len(batch)), self._rank)
         samples = batch[first:stop:stride]
-        self._after_draw(session, Piece(step, len(samples), weight))
+        self._after_draw(session, Piece(step, len(samples), weight, plan if self._planned else None))
         return samples
 
     def checkpointed(self) -> None:

@@ -32,7 +32,7 @@ MOST_DISTANCE = 0.05
 # DiLoCo's outer step needs many inner ones.
 OUTER_PERIOD = 32
 # Bytes that are sent, relative to float32 gradients.
-SENT = {"none": 1.0, "bf16": 0.5, "powersgd": 0.1}
+SENT = {"none": 1.0, "bf16": 0.5, "powersgd": 0.25}
 # A gossip sends all once; an all-reduce nearly twice, and waits for everybody.
 GOSSIP_WORKERS = 4
 GOSSIP_SENT = 0.5

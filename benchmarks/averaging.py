@@ -48,7 +48,7 @@ def work(result: Path, rounds: int, megabytes: int) -> None:
 
     from adarun.worker.averaging import average  # noqa: PLC0415
 
-    class Copies(TorchDispatchMode):
+    class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Counts the bytes that copying operations write."""
 
         num_bytes = 0

@@ -51,16 +51,17 @@ class Belief:
         least = FAILED * math.exp(known.value) if known else np.finfo(float).tiny
         self._means.setdefault(choice, Mean()).see(math.log(max(reward, least)))
 
-    def posterior(self, options: Sequence[Option]) -> tuple[Floats, Floats]:
-        """The mean and the covariance of all options' log rewards; one of them must have been measured."""
+    def posterior(self, options: Sequence[Option], incumbent: int) -> tuple[Floats, Floats]:
+        """The mean and the covariance of all options' log rewards; the incumbent must have been measured."""
         if self._prior is None:
             self._prior = prior(options)
         predicted, covariance = self._prior[0], self._prior[1].copy()
         seen = list(self._means)
-        # The predictions were made where the job was measured first: what is odd about a later incumbent is its own.
-        first = seen[0]
+        # Predictions were made where the job was measured first: what is odd about a later incumbent is its own. Without any,
+        # an option is taken to be like the incumbent.
+        base = seen[0] if any(option.predicted > 0.0 for option in options) else incumbent
         count = np.array([self._means[i].count for i in seen])
-        centre = self._means[first].value - predicted[first]
+        centre = self._means[base].value - predicted[base]
         residual = np.array([self._means[i].value for i in seen]) - predicted[seen] - centre
         # What fails where much was expected says little of the others.
         covariance[seen, seen] += np.maximum(0.0, (residual / ODD) ** 2 - covariance[seen, seen] + COMMON**2)
@@ -113,7 +114,7 @@ class Thompson:
         now = situation.incumbent
         if not self._belief.knows(now):
             return measured_first(now, options)
-        mean, covariance = self._belief.posterior(options)
+        mean, covariance = self._belief.posterior(options, now)
         chance = chance_to_beat(mean, covariance, now)
         worth = np.flatnonzero(chance >= LIKELY)
         if not len(worth):
@@ -147,7 +148,7 @@ class Ucb:
         now = situation.incumbent
         if not self._belief.knows(now):
             return measured_first(now, options)
-        mean, covariance = self._belief.posterior(options)
+        mean, covariance = self._belief.posterior(options, now)
         best = int(np.argmax(mean + HOPE * np.sqrt(np.maximum(np.diag(covariance), 0.0))))
         return certain(best, options, explain(options, now, best, chance_to_beat(mean, covariance, now)))
 

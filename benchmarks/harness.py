@@ -181,13 +181,11 @@ def training(work: Work, adarun: Sequence[str] | None = None) -> Iterator[Traini
     """Start the work under torchrun, or under adarun with these options; make sure that it ends."""
     with tempfile.TemporaryDirectory(prefix="adarun-bench-") as name:
         folder = Path(name)
-        launcher = ["torchrun"] if adarun is None else ["adarun", "--runs-dir", str(folder / "runs"), *adarun]
-        launcher[0] = str(Path(sys.executable).parent / launcher[0])
         script = [str(HERE / "train.py"), "--steps", str(work.steps), "--global-batch", str(work.global_batch)]
         script += ["--model", work.model, "--times", str(folder / "times"), "--result", str(folder / "result")]
-        command = [*launcher, "--standalone", "--nproc-per-node", str(WORKERS), *script]
+        command = [*launcher(adarun, folder / "runs"), "--standalone", "--nproc-per-node", str(WORKERS), *script]
         with (folder / "output").open("wb") as output:
-            process = subprocess.Popen(command, env=environment(work), stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=environment(work.slow), stdout=output, stderr=subprocess.STDOUT)
         try:
             yield Training(process, folder)
         finally:
@@ -195,15 +193,21 @@ def training(work: Work, adarun: Sequence[str] | None = None) -> Iterator[Traini
             process.wait()
 
 
-def environment(work: Work) -> dict[str, str]:
+def launcher(adarun: Sequence[str] | None, runs: Path) -> list[str]:
+    """Return the start of a command line: torchrun, or adarun with these options."""
+    command = ["torchrun"] if adarun is None else ["adarun", "--runs-dir", str(runs), *adarun]
+    return [str(Path(sys.executable).parent / command[0]), *command[1:]]
+
+
+def environment(slow: SlowGroup | None = None) -> dict[str, str]:
     """Return the environment of a run: one thread per worker, and none of the user's own adarun settings."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith("ADARUN_")}
     variables["OMP_NUM_THREADS"] = "1"
     # By default glibc gives large blocks back to the kernel and takes them anew in each step, but only above some batch
     # size: a sample then costs a fifth more in a large batch than in a small one, whoever launched it.
     variables |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 32)}
-    if work.slow:
-        variables |= {"BENCH_CGROUP": str(work.slow.members), "BENCH_SLOW_RANK": "1"}
+    if slow:
+        variables |= {"BENCH_CGROUP": str(slow.members), "BENCH_SLOW_RANK": "1"}
     return variables
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import place
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,17 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 SAMPLES, SIDE = 1920, 24
-
-
-def take_place() -> None:
-    """Pin this worker to a core of its own; the slow one also joins the group with the CPU quota."""
-    rank = int(os.environ["LOCAL_RANK"])
-    core = sorted(os.sched_getaffinity(0))[rank]
-    # Thread by thread: torch and gloo have started some. A cgroup takes the whole process. New threads inherit both.
-    for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
-    if os.environ.get("BENCH_SLOW_RANK") == str(rank):
-        Path(os.environ["BENCH_CGROUP"]).write_text(str(os.getpid()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,7 +106,7 @@ def main() -> None:
     model = DistributedDataParallel(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     batch_size = arguments.global_batch // dist.get_world_size()
-    take_place()  # only now: importing torch is not what is timed, and would take the slow worker long
+    place.take_place()  # only now: importing torch is not what is timed, and would take the slow worker long
     # Line by line: the harness follows the run by the length of this file.
     with Path(arguments.times if first else os.devnull).open("w", buffering=1) as times:
         for clock in train(model, optimizer, data, batch_size, arguments.steps):

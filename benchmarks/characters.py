@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 CHARACTERS = 128  # ASCII
 CONTEXT, LENGTH = 16, 32  # a sample is a piece of text: a context, and so many characters to predict
@@ -31,7 +31,7 @@ CONTEXT, LENGTH = 16, 32  # a sample is a piece of text: a context, and so many 
 class Model(nn.Module):
     """Predicts each character from the 16 before it, which it sees as 8 pairs."""
 
-    def __init__(self, width: int = 96, hidden: int = 512) -> None:
+    def __init__(self, width: int = 72, hidden: int = 512) -> None:
         super().__init__()
         self.pairs = nn.Embedding(CHARACTERS**2, width)
         self.hidden = nn.Linear(width * CONTEXT // 2, hidden)
@@ -101,8 +101,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--steps-per-epoch", type=int, required=True)
-    parser.add_argument("--global-batch", type=int, default=96, help="pieces of text per step, all workers together")
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--global-batch", type=int, default=48, help="pieces of text per step, all workers together")
+    parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--held-out", type=int, default=512, help="pieces of text to evaluate on")
     parser.add_argument("--result", type=Path, required=True, help="rank 0 writes a JSON line per epoch here")
     return parser.parse_args()
@@ -114,14 +114,13 @@ def main() -> None:
     torch.manual_seed(0)
     dist.init_process_group("gloo")
     first = dist.get_rank() == 0
-    data: Dataset[tuple[Tensor, ...]]
     data, held_out = make_data(arguments.steps_per_epoch * arguments.global_batch, arguments.held_out)
     network = Model()
     model = DistributedDataParallel(network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
     steps = arguments.epochs * arguments.steps_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    sampler = DistributedSampler(data, drop_last=True)
+    sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(data, drop_last=True)
     loader = DataLoader(data, arguments.global_batch // dist.get_world_size(), sampler=sampler, drop_last=True)
     place.take_place()  # only now: importing torch is not what is timed, and would take a slow worker long
     with Path(arguments.result if first else os.devnull).open("w", buffering=1) as result:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 CHARACTERS = 128  # ASCII
 CONTEXT, LENGTH = 16, 32  # a sample is a piece of text: a context, and so many characters to predict
@@ -51,28 +51,41 @@ def loss_of(network: nn.Module, text: Tensor) -> Tensor:
     return nn.functional.cross_entropy(scores.flatten(0, 1), text[:, CONTEXT:].flatten())
 
 
-def pieces(files: list[Path], count: int, seed: int) -> TensorDataset:
-    """Return so many pieces of the files' text, from random places, the same on every worker."""
-    text = "".join(file.read_text(errors="ignore") for file in files).encode("ascii", errors="ignore")
-    characters = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(text) - CONTEXT - LENGTH, (count,), generator=generator)
-    return TensorDataset(characters[starts[:, None] + torch.arange(CONTEXT + LENGTH)].long())
+class Text(Dataset[Tensor]):
+    """Pieces of the files' text from random places, in each epoch others, the same on every worker."""
+
+    def __init__(self, files: list[Path], count: int, seed: int) -> None:
+        text = "".join(file.read_text(errors="ignore") for file in files).encode("ascii", errors="ignore")
+        self.characters = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        self.count, self.seed = count, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's places."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        self.starts = torch.randint(len(self.characters) - CONTEXT - LENGTH, (self.count,), generator=generator)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = int(self.starts[index])
+        return self.characters[start : start + CONTEXT + LENGTH]
 
 
-def make_data(train: int, held_out: int) -> tuple[TensorDataset, TensorDataset]:
-    """Return pieces to train on, and pieces of other files (every tenth) to evaluate on."""
+def make_data(train: int, held_out: int) -> tuple[Text, Text]:
+    """Return text to train on, and that of other files (every tenth) to evaluate on."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     trained = [file for number, file in enumerate(files) if number % 10]
-    return pieces(trained, train, seed=1), pieces(files[::10], held_out, seed=2)
+    return Text(trained, train, seed=1), Text(files[::10], held_out, seed=0)
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, data: TensorDataset) -> float:
+def evaluate(network: nn.Module, data: Text) -> float:
     """Return the loss on the held-out text; each worker computes a part of it."""
     network.eval()
-    (text,) = data.tensors
-    loss = loss_of(network, text[dist.get_rank() :: dist.get_world_size()])
+    mine = range(dist.get_rank(), len(data), dist.get_world_size())
+    loss = loss_of(network, torch.stack([data[index] for index in mine]))
     network.train()
     dist.all_reduce(loss)
     return float(loss) / dist.get_world_size()
@@ -82,11 +95,11 @@ def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    loader: DataLoader[tuple[Tensor, ...]],
+    loader: DataLoader[Tensor],
 ) -> float:
     """Train for an epoch; return this worker's mean loss."""
     total = 0.0
-    for (text,) in loader:
+    for text in loader:
         optimizer.zero_grad()
         loss = loss_of(model, text)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -120,7 +133,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
     steps = arguments.epochs * arguments.steps_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(data, drop_last=True)
+    sampler: DistributedSampler[Tensor] = DistributedSampler(data, drop_last=True)
     loader = DataLoader(data, arguments.global_batch // dist.get_world_size(), sampler=sampler, drop_last=True)
     place.take_place()  # only now: importing torch is not what is timed, and would take a slow worker long
     with Path(arguments.result if first else os.devnull).open("w", buffering=1) as result:
@@ -129,6 +142,7 @@ def main() -> None:
         for epoch in range(arguments.epochs + 1):
             if epoch:
                 sampler.set_epoch(epoch)
+                data.set_epoch(epoch)
                 train_loss = train_epoch(model, optimizer, schedule, loader)
                 eval_loss = evaluate(network, held_out)
             seconds = time.monotonic() - began

@@ -35,7 +35,7 @@ OPTIONS: dict[str, list[str] | None] = {
     SYNC: ["--sync-period", "auto", "--shares", "1,1"],
 }
 LONGER = ", longer"
-STEPS_PER_EPOCH, SMOKE_STEPS = 100, 2
+STEPS_PER_EPOCH, SMOKE_STEPS = 50, 2
 GRADIENT_BYTES = 6_162_944  # of characters.py's model
 
 
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--part", default="a,b,c", help="which parts, with commas between")
     parser.add_argument("--pairs", type=int, default=3, help="rounds of torchrun and its rivals, in each part")
     parser.add_argument(
-        "--epochs", type=int, default=3, help=f"how long to train, in epochs of {STEPS_PER_EPOCH} steps"
+        "--epochs", type=int, default=6, help=f"how long to train, in epochs of {STEPS_PER_EPOCH} steps"
     )
     parser.add_argument(
         "--extra-epochs", type=int, default=1, help="time to target: from runs of adarun longer by these"

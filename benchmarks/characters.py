@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--steps-per-epoch", type=int, required=True)
     parser.add_argument("--global-batch", type=int, default=48, help="pieces of text per step, all workers together")
-    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--lr", type=float, default=12e-3)
     parser.add_argument("--held-out", type=int, default=512, help="pieces of text to evaluate on")
     parser.add_argument("--result", type=Path, required=True, help="rank 0 writes a JSON line per epoch here")
     return parser.parse_args()

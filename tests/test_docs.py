@@ -16,7 +16,9 @@ from torch.distributed.run import get_args_parser
 import adarun
 from adarun import errors, events
 from adarun.cli.app import app
+from adarun.control.planner import Settings
 from adarun.launch.record import Recording
+from adarun.policies import Tuning
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -150,7 +152,7 @@ def test_run_log_page_has_every_field_of_hello() -> None:
 
 def test_run_log_page_has_every_field_of_run_json(tmp_path: Path) -> None:
     """docs/run-log.md describes each field of run.json, and nothing else."""
-    with Recording(tmp_path, "a-run", ["train.py"], "on", 0, []):
+    with Recording(tmp_path, "a-run", ["train.py"], Settings(), Tuning([], "off", 0, 0)):
         pass
     text = (ROOT / "docs" / "run-log.md").read_text().split("`run.json` holds:")[1].split("\n## ")[0]
     described = {cells[0].strip("`") for cells in rows(text)}

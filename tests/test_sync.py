@@ -149,7 +149,7 @@ def by_one_process(scripts: Path, case: str, drawn: list[list[list[int]]], plans
                     parameter.grad = mean.clone()
         for replica in replicas:
             replica.step()
-        everything = step + 1 == plan.stop or (step + 1) % batches_per_epoch == 0
+        everything = (step + 1) % batches_per_epoch == 0
         if plan.sync_period > 1 and (everything or (step + 1 - plan.start) % plan.sync_period == 0):
             rounds += 1
             weights = [share / sum(plan.shares) for share in plan.shares]

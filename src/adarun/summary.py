@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from adarun.control.pace import Pacer
 from adarun.control.planner import Planner
 from adarun.control.tuner import Tuner
 from adarun.state import State
@@ -19,9 +20,12 @@ def summary(planner: Planner, tuner: Tuner | None, seconds: float, log: Path) ->
     lines = [headline(state, seconds)]
     if state.totals:
         lines.append(gain_line(planner))
+    if planner.pacer is not None and state.plan is not None:
+        lines.append(pace_line(planner, planner.pacer))
     if tuner is not None:
         lines.append(tuning_line(tuner))
-    lines += [Text(f"  note: {notice.text}") for notice in state.notices.values() if notice.text != planner.why_even()]
+    said = (planner.why_even(), planner.why_exact() if planner.pacer is not None else "")
+    lines += [Text(f"  note: {notice.text}") for notice in state.notices.values() if notice.text not in said]
     lines.append(Text(f"  log: {log}"))
     return Group(lines[0], *([workers_table(state)] if state.totals else []), *lines[1:])
 
@@ -73,6 +77,18 @@ def gain_line(planner: Planner) -> Text:
     gain = controller.even_seconds / controller.actual_seconds - 1.0
     error = controller.gain_error
     return Text(f"  estimated gain over the even split: {gain:+.0%} (give or take {error:.0%})")
+
+
+def pace_line(planner: Planner, pacer: Pacer) -> Text:
+    """How the workers synchronised in the end, and why."""
+    if forced := planner.why_exact():
+        return Text(f"  synchronised in every step: {forced}")
+    plans = planner.state.plans
+    exact = sum(plan.stop - plan.start for plan in plans if plan.same_pace(plans[0]))
+    part = exact / max(1, plans[-1].stop - plans[0].start)
+    return Text(
+        f"  synchronised as torchrun does in {part:.0%} of the planned steps; in the end {pacer.pace.name}: {pacer.reason}"
+    )
 
 
 def tuning_line(tuner: Tuner) -> Text:

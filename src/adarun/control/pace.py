@@ -162,6 +162,7 @@ class Pacer:
 
     def __init__(self, allowed: Allowed, num_workers: int, make_policy: MakePolicy) -> None:
         self.pace = EXACT
+        self.reason = "the first window of these workers"
         # Why a worker may have learned something else than the others, if one may.
         self.apart = ""
         self._allowed = allowed
@@ -189,7 +190,7 @@ class Pacer:
         if forced:
             self.pace = EXACT
         elif not self._begun and not self._hold:
-            self.pace, self._begun = self._allowed.first(), True
+            self.pace, self._begun, self.reason = self._allowed.first(), True, "as the user set it"
 
     def see(self, event: Averaged | Learned) -> None:
         """Take in a worker's report."""
@@ -230,7 +231,7 @@ class Pacer:
         chosen_by = self._arms(self.pace) if self.pace != EXACT or not (forced or tripped or self._hold) else None
         if chosen_by is not None:
             reason = self._choose_arm(chosen_by, situation, once, compute, global_batch, samples, reason)
-        self._averaged, self._learned = {}, []
+        self._averaged, self._learned, self.reason = {}, [], reason
         return Paced(
             plan=window.plan,
             before=before.name,

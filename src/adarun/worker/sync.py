@@ -206,6 +206,9 @@ class Synchroniser:
     def begin_step(self, plan: Plan, step: int) -> None:
         """The script has drawn the batch of `step`."""
         if plan is not self._plan:
+            if self._plan is not None and local(self._plan) and not local(plan):
+                # From here on the same gradients meet the same moments everywhere.
+                average(self._moments(everything=True), self._weight(self._plan))
             if self._compress:
                 self._register_dispatchers()
             for dispatcher in self._dispatchers.values():
@@ -232,7 +235,7 @@ class Synchroniser:
         """The step is over: average if it is due."""
         plan_ends = self._plan is not None and self._step + 1 >= self._plan.stop
         if self.due:
-            self._synchronise(everything=plan_ends)
+            self._synchronise(wholly=plan_ends)
         if plan_ends:
             self._report()
 
@@ -244,7 +247,7 @@ class Synchroniser:
     def finish(self) -> None:
         """The loop over the loader is over: all replicas become the same, and so do the moments of their optimizers."""
         if self._drifted or self._gossips:
-            self._synchronise(everything=True)
+            self._synchronise(wholly=True, loop_ends=True)
 
     # --- an evaluation or a checkpoint in the middle of a loop -------------------------------------------------------
 
@@ -280,26 +283,28 @@ class Synchroniser:
 
     # --- averaging ---------------------------------------------------------------------------------------------------
 
-    def _synchronise(self, *, everything: bool) -> None:
+    def _synchronise(self, *, wholly: bool, loop_ends: bool = False) -> None:
+        """Bring the replicas together: all of them to the same if `wholly`, with all moments where a loop ends."""
         plan = self._plan
         assert plan is not None
         began = time.perf_counter()
         tensors = [*self._parameters(), *self._buffers()]
-        gossips = plan.topology != "allreduce"
         self._rounds += 1
-        if gossips and not everything and self._gossips + 1 < GOSSIP_PERIOD:
+        if plan.topology != "allreduce" and not wholly and self._gossips + 1 < GOSSIP_PERIOD:
             self._gossips += 1
             spread = mix(tensors, self._neighbours(plan))
         else:
-            weight = 1.0 / self._world_size if gossips else plan.shares[self._rank] / sum(plan.shares)
-            spread = average(tensors, weight)
             self._gossips = 0
+            spread = average(tensors, self._weight(plan))
             if self._outer is not None:
                 self._outer.step(self._parameters())
-            if moments := self._moments(everything=everything):
-                average(moments, weight)
+            average(self._moments(everything=loop_ends), self._weight(plan))
         self._tell(spread, time.perf_counter() - began, same=self._gossips == 0)
         self._drifted = 0
+
+    def _weight(self, plan: Plan) -> float:
+        """What this replica counts in an average: as the samples behind it, but for gossip, which mixes evenly."""
+        return plan.shares[self._rank] / sum(plan.shares) if plan.topology == "allreduce" else 1.0 / self._world_size
 
     def _tell(self, spread: Spread, seconds: float, *, same: bool) -> None:
         step, steps = self._step, max(1, self._drifted)

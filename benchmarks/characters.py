@@ -137,7 +137,8 @@ def main() -> None:
     loader = DataLoader(data, arguments.global_batch // dist.get_world_size(), sampler=sampler, drop_last=True)
     place.take_place()  # only now: importing torch is not what is timed, and would take a slow worker long
     with Path(arguments.result if first else os.devnull).open("w", buffering=1) as result:
-        train_loss, eval_loss = float("nan"), evaluate(network, held_out)
+        train_loss: float | None = None
+        eval_loss = evaluate(network, held_out)
         began = time.monotonic()
         for epoch in range(arguments.epochs + 1):
             if epoch:
@@ -149,7 +150,7 @@ def main() -> None:
             row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, "eval_loss": eval_loss}
             result.write(json.dumps(row) + "\n")
             if first:
-                print(f"epoch {epoch}: {seconds:.1f} s, loss {train_loss:.4f}, held out {eval_loss:.4f}", flush=True)
+                print(f"epoch {epoch}: {seconds:.1f} s, held-out loss {eval_loss:.4f}", flush=True)
     # All leave together: torch 2.13 can abort a worker whose Python shuts down right after its last collective.
     dist.barrier()
     dist.destroy_process_group()

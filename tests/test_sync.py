@@ -154,9 +154,10 @@ def by_one_process(scripts: Path, case: str, drawn: list[list[list[int]]], plans
             rounds += 1
             weights = [share / sum(plan.shares) for share in plan.shares]
             averaged(replicas, weights, "parameters")
-            for part, period in (("first", 3), ("second", 6)):
-                if everything or rounds % period == 0:
-                    averaged(replicas, weights, part)
+            # Adam's two moments together, SGD's momentum more often.
+            if everything or rounds % (6 if replicas[0].args.optimizer == "adamw" else 3) == 0:
+                averaged(replicas, weights, "first")
+                averaged(replicas, weights, "second")
     return replicas[0]
 
 

@@ -24,7 +24,7 @@ WORTHWHILE = 0.25
 # H grows by no more than this factor a window, so that every stage is measured before the next.
 GROWTH = 4
 # QSR (Gu et al., ICLR 2024): H is proportional to 1/lr^2; at the highest learning rate so far it is at most this.
-PERIOD_AT_PEAK = 32
+PERIOD_AT_PEAK = 8
 MOST = 1024
 # Replicas further apart than this part of their average's length are averaged more often (Kong et al., ICML 2021, bound it
 # by what a step moves; this bound is coarser, and does not depend on the optimizer).

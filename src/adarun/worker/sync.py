@@ -27,9 +27,10 @@ from adarun.worker.client import Client
 from adarun.worker.compression import Dispatcher
 from adarun.worker.training import patch
 
-# DES-LOC (Iacob et al., 2025): first moments change over more steps than parameters, second ones over still more.
-FIRST_MOMENT_PERIOD, SECOND_MOMENT_PERIOD = 3, 6
-# In what torch's optimizers call them, or a part of it.
+# Momenta, and moments that are divided by one another. Those must be averaged together: a row of an embedding that only one
+# worker has met has a second moment of zero elsewhere, by which a first one that came from that worker would be divided.
+MOMENTUM_PERIOD, MOMENTS_PERIOD = 3, 6
+# In what torch's optimizers call second moments, or a part of it.
 SECOND_MOMENTS = ("sq", "square", "sum", "inf", "var")
 # A gossip is followed by an average over all so many times.
 GOSSIP_PERIOD = 8
@@ -340,13 +341,12 @@ class Synchroniser:
         due = []
         for parameter in self._parameters():
             for optimizer in self._living():
-                for name, value in sorted(optimizer.state.get(parameter, {}).items()):
-                    second = any(part in name for part in SECOND_MOMENTS)
-                    period = SECOND_MOMENT_PERIOD if second else FIRST_MOMENT_PERIOD
+                state = optimizer.state.get(parameter, {})
+                pairs = any(part in name for name in state for part in SECOND_MOMENTS)
+                if everything or self._rounds % (MOMENTS_PERIOD if pairs else MOMENTUM_PERIOD) == 0:
                     # The count of steps is the same on all ranks.
-                    moment = isinstance(value, torch.Tensor) and value.is_floating_point() and name != "step"
-                    if moment and (everything or self._rounds % period == 0):
-                        due.append(value)
+                    moments = [value for name, value in sorted(state.items()) if name != "step"]
+                    due += [value for value in moments if isinstance(value, torch.Tensor) and value.is_floating_point()]
         return due
 
     # --- compression and reports -------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def job(
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(script).stem}-{secrets.token_hex(2)}"
     with Recording(runs_dir, name, sys.argv[1:], adapt, window, scripted, tuning, max_share) as recording:
         try:
-            agent.launch(configured, recording.hub, recording.log, settings)
+            agent.launch(configured, recording.hub, recording.hub.workers_ended, settings)
         except WorkersFailed as error:
             sys.stderr.write(f"{error}\n")
             recording.exit_code = error.exit_code

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import platformdirs
 import torch
 from rich.console import Console
@@ -21,7 +22,9 @@ from adarun.errors import AdarunError
 from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
 from adarun.hub import Hub
 from adarun.policies import Tuning, keep, load
+from adarun.registry import Entry, announce
 from adarun.runlog import RunLog
+from adarun.screen.model import About
 from adarun.summary import summary
 
 
@@ -64,7 +67,10 @@ class Recording:
         self.planner = Planner(Settings(adapt=adapt, window=window, scripted=scripted, max_share=max_share))
         self._policy = load(tuning) if tuning else None
         tuner = Tuner(tuning.names, self._policy, tuning.num_epochs) if tuning and self._policy else None
-        self.hub = Hub(self.planner, self.log, tuner)
+        shown = msgspec.convert({**about, "log": str(self._runlog.directory.resolve())}, About)
+        self.hub = Hub(self.planner, self.log, tuner, shown)
+        self._about = shown
+        self._announced: Path | None = None
 
     def log(self, event: Logged) -> None:
         """Append an event to the run log."""
@@ -72,6 +78,8 @@ class Recording:
 
     def __enter__(self) -> Recording:  # noqa: PYI034 - Self needs Python 3.11
         self.hub.start()
+        about = self._about
+        self._announced = announce(Entry(about.run, about.pid, str(self.hub.path), about.folder, about.started))
         return self
 
     def __exit__(
@@ -79,6 +87,8 @@ class Recording:
     ) -> None:
         if kind is not None:
             self.exit_code = getattr(error, "exit_code", 1)
+        if self._announced is not None:
+            self._announced.unlink(missing_ok=True)
         self.hub.stop()
         if self._policy is not None:
             try:

@@ -21,8 +21,8 @@ from adarun.control.tuner import Tuner
 from adarun.errors import AdarunError
 from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
 from adarun.hub import Hub
+from adarun.launch.views import Views
 from adarun.policies import Tuning, keep, load
-from adarun.registry import Entry, announce
 from adarun.runlog import RunLog
 from adarun.screen.model import About
 from adarun.summary import summary
@@ -41,6 +41,7 @@ class Recording:
         scripted: list[list[int]],
         tuning: Tuning | None = None,
         max_share: int = 0,
+        views: Views | None = None,
     ) -> None:
         self.exit_code = 0
         self._began = time.monotonic()
@@ -67,10 +68,9 @@ class Recording:
         self.planner = Planner(Settings(adapt=adapt, window=window, scripted=scripted, max_share=max_share))
         self._policy = load(tuning) if tuning else None
         tuner = Tuner(tuning.names, self._policy, tuning.num_epochs) if tuning and self._policy else None
-        shown = msgspec.convert({**about, "log": str(self._runlog.directory.resolve())}, About)
-        self.hub = Hub(self.planner, self.log, tuner, shown)
-        self._about = shown
-        self._announced: Path | None = None
+        self._about = msgspec.convert({**about, "log": str(self._runlog.directory.resolve())}, About)
+        self.hub = Hub(self.planner, self.log, tuner, self._about)
+        self._views = views or Views()
 
     def log(self, event: Logged) -> None:
         """Append an event to the run log."""
@@ -78,8 +78,13 @@ class Recording:
 
     def __enter__(self) -> Recording:  # noqa: PYI034 - Self needs Python 3.11
         self.hub.start()
-        about = self._about
-        self._announced = announce(Entry(about.run, about.pid, str(self.hub.path), about.folder, about.started))
+        try:
+            self._views.open(self.hub, self._about)
+        except AdarunError:
+            self._views.close()
+            self.hub.stop()
+            self._runlog.close()
+            raise
         return self
 
     def __exit__(
@@ -87,8 +92,7 @@ class Recording:
     ) -> None:
         if kind is not None:
             self.exit_code = getattr(error, "exit_code", 1)
-        if self._announced is not None:
-            self._announced.unlink(missing_ok=True)
+        self._views.close()
         self.hub.stop()
         if self._policy is not None:
             try:

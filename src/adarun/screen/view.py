@@ -314,8 +314,10 @@ def foot_lines(snapshot: Snapshot, width: int, room: int) -> list[Line]:
     lines: list[Line] = [[(plan_text(snapshot.plan), "bold")]] if snapshot.plan else []
     if snapshot.setting:
         lines.append([(f"setting: {snapshot.setting}", "none")])
-    if snapshot.guard:
-        lines.append([(f"guard: {snapshot.guard}", "none")])
+    knobs = [knobs_text(snapshot.plan)] if snapshot.plan else []
+    guard = [f"guard: {snapshot.guard}"] if snapshot.guard else []
+    if knobs or guard:
+        lines.append([("; ".join([*knobs, *guard]), "none")])
     few = 3 if room < 30 else 8
     for said in snapshot.decisions[-few:]:
         sign = "* " if said.changed else "  "
@@ -327,11 +329,15 @@ def foot_lines(snapshot: Snapshot, width: int, room: int) -> list[Line]:
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan, with what is not as under torchrun."""
+    """The steps of the plan and its shares."""
     shares = ",".join(map(str, plan.shares[:8])) + (",..." if len(plan.shares) > 8 else "")
+    return f"plan {plan.number}: steps {plan.start} to {plan.stop - 1}, shares {shares}"
+
+
+def knobs_text(plan: Plan) -> str:
+    """How the plan has the workers synchronise; what is not as under torchrun is named."""
     period = "every step" if plan.sync_period == 1 else f"every {plan.sync_period} steps"
-    text = f"plan {plan.number}: steps {plan.start} to {plan.stop - 1}, shares {shares}; synchronised {period}"
-    text += f", compression {plan.compression}"
+    text = f"synchronised {period}, compression {plan.compression}"
     if plan.topology != "allreduce":
         text += f", {plan.topology}"
     if plan.outer != "none":

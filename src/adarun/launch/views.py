@@ -1,0 +1,56 @@
+"""What shows a job while it runs: the registry's entry, the panel of `--live`, the port for Prometheus."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adarun.hub import Hub
+    from adarun.screen.model import About
+
+PANEL_SECONDS = 3.0
+
+
+class Views:
+    """Opened when the hub listens, closed before it stops."""
+
+    def __init__(self, live: bool = False, metrics_port: int = 0) -> None:
+        self._live = live
+        self._metrics_port = metrics_port
+        self._announced: Path | None = None
+        self._panel: subprocess.Popen[bytes] | None = None
+        self._stop_serving: Callable[[], Any] | None = None
+
+    def open(self, hub: Hub, about: About) -> None:
+        """Let the job be seen.
+
+        Raises:
+            AdarunError: its metrics cannot be served.
+        """
+        from adarun.registry import Entry, announce  # noqa: PLC0415 - the command line's help does without
+
+        self._announced = announce(Entry(about.run, about.pid, str(hub.path), about.folder, about.started))
+        if self._metrics_port:
+            from adarun.report import openmetrics  # noqa: PLC0415 - only where it was asked for
+
+            self._stop_serving = openmetrics.serve(self._metrics_port, hub.snapshot)
+        if self._live and sys.stdout.isatty():
+            self._panel = subprocess.Popen([sys.executable, "-m", "adarun.screen.panel", str(hub.path)])
+        elif self._live:
+            sys.stderr.write("adarun: --live needs a terminal; look at the job with adarun status\n")
+
+    def close(self) -> None:
+        """Stop showing it; afterwards the terminal is as it was."""
+        if self._announced is not None:
+            self._announced.unlink(missing_ok=True)
+        if self._stop_serving is not None:
+            self._stop_serving()
+        if self._panel is not None:
+            self._panel.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._panel.wait(PANEL_SECONDS)

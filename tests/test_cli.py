@@ -19,6 +19,7 @@ from torch.distributed.argparse_util import check_env, env
 import adarun
 from adarun.cli import app, run
 from adarun.launch import agent
+from adarun.launch.views import Views
 from adarun.policies import Tuning
 from conftest import Job
 
@@ -56,7 +57,9 @@ SAMPLES = {
     "virtual_local_rank": None,
 }
 OWN = ["--adapt", "--window", "--shares", "--max-share", "--batchnorm", "--loss-reduction"]
-OWN += ["--tune", "--tune-epochs", "--policy", "--runs-dir"]
+OWN += ["--tune", "--tune-epochs", "--policy", "--runs-dir", "--live", "--metrics-port"]
+STATUS = ["--json", "--watch", "--runs-dir"]
+VIEWS = Views(live=True, metrics_port=9464)
 SCRIPT = [__file__, "--nnodes", "7", "-m", "--", "rest"]
 
 
@@ -169,23 +172,31 @@ def test_own_options() -> None:
     assert [p.opts[0] for p in command.params if getattr(p, "rich_help_panel", None) == run.ADARUN] == OWN
 
 
+def test_options_of_status() -> None:
+    """The options of `adarun status` are these and no others."""
+    command = typer.main.get_command(app.app).commands["status"]
+    assert [p.opts[0] for p in command.params if p.param_type_name == "option"] == STATUS
+
+
 def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An own option not given takes its value from ADARUN_<its name>, and means the same."""
-    values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere"]
+    values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere", None, "9464"]
     monkeypatch.setattr(run.secrets, "randbits", lambda _: 5)
-    given = [word for option in zip(OWN, values, strict=True) for word in option]
+    given = [word for option in zip(OWN, values, strict=True) for word in option if word]
     with mock.patch.object(run, "job", side_effect=SystemExit) as job:
         with pytest.raises(SystemExit):
             app.app(["run", *given, __file__])
         passed_on = [{name: os.environ.pop(name) for name in ("ADARUN_BATCHNORM", "ADARUN_LOSS_REDUCTION")}]
         for option, value in zip(OWN, values, strict=True):
-            monkeypatch.setenv(f"ADARUN_{option[2:].upper().replace('-', '_')}", value)
+            monkeypatch.setenv(f"ADARUN_{option[2:].upper().replace('-', '_')}", value or "1")
         with pytest.raises(SystemExit):
             app.app(["run", __file__])
         passed_on.append({name: os.environ[name] for name in passed_on[0]})
     settings = [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}]
     tuning = Tuning(["OMP_NUM_THREADS=1", "OMP_NUM_THREADS=2"], "ucb", 5, 9)
-    expected = mock.call([__file__], __file__, Path("elsewhere"), "on", 7, [[3, 1], [1, 3]], 40, settings, tuning)
+    expected = mock.call(
+        [__file__], __file__, Path("elsewhere"), "on", 7, [[3, 1], [1, 3]], 40, settings, tuning, VIEWS
+    )
     assert job.call_args_list == [expected, expected]
     assert passed_on == [{"ADARUN_BATCHNORM": "allow", "ADARUN_LOSS_REDUCTION": "sum"}] * 2
 
@@ -223,6 +234,9 @@ REFUSED = {
     "a negative share": (["--max-share", "-1", __file__], "--max-share -1 is negative"),
     "negative epochs": (["--tune-epochs", "-1", __file__], "--tune-epochs -1 is negative"),
     "tuning on two nodes": (["--tune", "A=1,2", "--nnodes", "2", __file__], "--tune restarts the workers of one node"),
+    "a port that is none": (["--metrics-port", "65536", __file__], "--metrics-port 65536 is no port"),
+    "a watch of no time": (["status", "--watch", "-1"], "--watch -1 is not between 0.1 and 86400 seconds"),
+    "an unknown option of status": (["status", "--nope"], "See adarun status --help"),
     "unknown adapt": (["--adapt", "maybe", __file__], "--adapt"),
     "an unknown option": (["--nope", __file__], "--nope"),
     "an option without its value": (["--log-dir"], "--log-dir"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
 PANEL_SECONDS = 3.0
 
 
+@dataclass
 class Views:
     """Opened when the hub listens, closed before it stops."""
 
-    def __init__(self, live: bool = False, metrics_port: int = 0) -> None:
-        self._live = live
-        self._metrics_port = metrics_port
-        self._announced: Path | None = None
-        self._panel: subprocess.Popen[bytes] | None = None
-        self._stop_serving: Callable[[], Any] | None = None
+    live: bool = False
+    metrics_port: int = 0
+    _announced: Path | None = field(default=None, compare=False)
+    _panel: subprocess.Popen[bytes] | None = field(default=None, compare=False)
+    _stop_serving: Callable[[], Any] | None = field(default=None, compare=False)
 
     def open(self, hub: Hub, about: About) -> None:
         """Let the job be seen.
@@ -35,13 +36,13 @@ class Views:
         from adarun.registry import Entry, announce  # noqa: PLC0415 - the command line's help does without
 
         self._announced = announce(Entry(about.run, about.pid, str(hub.path), about.folder, about.started))
-        if self._metrics_port:
+        if self.metrics_port:
             from adarun.report import openmetrics  # noqa: PLC0415 - only where it was asked for
 
-            self._stop_serving = openmetrics.serve(self._metrics_port, hub.snapshot)
-        if self._live and sys.stdout.isatty():
+            self._stop_serving = openmetrics.serve(self.metrics_port, hub.snapshot)
+        if self.live and sys.stdout.isatty():
             self._panel = subprocess.Popen([sys.executable, "-m", "adarun.screen.panel", str(hub.path)])
-        elif self._live:
+        elif self.live:
             sys.stderr.write("adarun: --live needs a terminal; look at the job with adarun status\n")
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ HOLDS_BACK = 0.05
 EXPLAINS = 0.5
 # CPU time per second of work, against the others'.
 THROTTLED = 0.75
+# Only who computes on the CPU can miss it.
+COMPUTES_ON_CPU = 0.5
 FULL_MEMORY = 0.9
 
 
@@ -38,7 +40,7 @@ def _cause(slow: WorkerNow, others: Sequence[WorkerNow], excess: float) -> tuple
     if capacity and (slow.gpu_memory_bytes or 0) > FULL_MEMORY * capacity:
         return "memory", f"its GPU's memory is {(slow.gpu_memory_bytes or 0) / capacity:.0%} full"
     usual = median(_cpu_per_busy(row) for row in others)
-    if slow.gpu_fraction is None and 0.0 < _cpu_per_busy(slow) < THROTTLED * usual:
+    if slow.gpu_fraction is None and usual > COMPUTES_ON_CPU and 0.0 < _cpu_per_busy(slow) < THROTTLED * usual:
         return "cpu", f"it gets {slow.cpu_fraction:.0%} of a core (throttled, or shared with another process)"
     mine, theirs = _per_sample(slow), median(_per_sample(row) for row in others)
     if mine and theirs and mine <= theirs * (1.0 + HOLDS_BACK):

@@ -165,8 +165,8 @@ class Hub:
         return restart
 
     def _log(self, event: Logged) -> None:
-        self._viewers.model.see(event)
         self._write(event)
+        self._viewers.model.see(event)
 
     def _see(self, event: Logged) -> None:
         self.planner.see(event)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 PLAIN_WIDTH = 120
+END_SECONDS = 3.0
 HOW_TO_START = "nothing of yours is running here; start a job with adarun train.py, and look again"
 
 
@@ -36,7 +37,10 @@ def status(
         bool, typer.Option("--json", help="Print a snapshot as JSON; docs/status.md lists its fields.")
     ] = False,
     watch: Annotated[
-        float, typer.Option("--watch", help="Print a snapshot every so many seconds until the job ends; 0: one.")
+        float,
+        typer.Option(
+            "--watch", metavar="SECONDS", help="Print a snapshot every so many seconds until the job ends; 0: one."
+        ),
     ] = 0.0,
     runs_dir: Annotated[
         Path,
@@ -50,8 +54,9 @@ def status(
         raise UsageError(f"--watch {watch:g} is not between 0.1 and 86400 seconds")
     from adarun.registry import running  # noqa: PLC0415 - the rest of adarun's commands do without
 
-    entries = [entry for entry in running() if run in entry.run]
-    exact = [entry for entry in entries if entry.run == run]
+    name = Path(run).name
+    entries = [entry for entry in running() if name in entry.run]
+    exact = [entry for entry in entries if entry.run == name]
     live = sys.stdout.isatty() and sys.stdin.isatty() and not json and not watch
     if not entries:
         show_finished(run, runs_dir, json=json)
@@ -75,6 +80,7 @@ def console() -> Console:
 
 def show_live(entries: list[Entry], runs_dir: Path) -> None:
     """The screen, and after the job's end its summary."""
+    from adarun.registry import lives  # noqa: PLC0415 - as above
     from adarun.screen import live  # noqa: PLC0415 - only here is it needed
 
     out = console()
@@ -86,6 +92,10 @@ def show_live(entries: list[Entry], runs_dir: Path) -> None:
     except OSError as error:
         raise AdarunError(f"the job ended just now ({error.strerror})") from None
     if last is not None:
+        # The launcher hangs up before it has written its log to the end.
+        deadline = time.monotonic() + END_SECONDS
+        while lives(last.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
         show_finished(last.log, runs_dir, json=False)
 
 

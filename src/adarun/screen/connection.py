@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import time
+from contextlib import suppress
 
 import msgspec
 
@@ -41,7 +42,8 @@ class Connection:
         """Have the recent steps of one worker in the next snapshots, or of none: -1."""
         if rank != self._rank:
             self._rank = rank
-            self._socket.send(frame(Watch(rank)))
+            with suppress(OSError):  # `take` finds out that the hub has hung up
+                self._socket.send(frame(Watch(rank)))
 
     def take(self) -> bool:
         """Take in what has arrived, without waiting; whether there is a new snapshot.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import termios
 import time
@@ -67,14 +68,30 @@ class Screen:
         )
 
     def __enter__(self) -> Screen:  # noqa: PYI034 - Self needs Python 3.11
-        self._keys = single_keys()
-        self._keys.__enter__()
-        self._live.start()
+        self._begin()
+        signal.signal(signal.SIGTSTP, self._suspend)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._end()
+
+    def _begin(self) -> None:
+        self._keys = single_keys()
+        self._keys.__enter__()
+        self._live.start()
+
+    def _end(self) -> None:
         self._live.stop()
         self._keys.__exit__(None, None, None)
+
+    def _suspend(self, *_: object) -> None:
+        """Ctrl-Z: give the shell its terminal, and take it back when it goes on."""
+        self._end()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._begin()
 
     @property
     def size(self) -> tuple[int, int]:

@@ -105,7 +105,9 @@ class Model:
         self._lead = 0
         self._loops: deque[Loop] = deque(maxlen=2)
         self._num_loops = 0
-        self._batch = 0
+        self._batch = 0.0
+        # The global batch by the lead's samples, where a plan tells; until every worker has reported nothing else does.
+        self._scale = 0.0
         self._history: deque[tuple[float, float, float]] = deque(maxlen=HISTORY_LENGTH + 1)
 
     def see(self, event: Logged) -> None:
@@ -132,7 +134,7 @@ class Model:
     def _take_rate(self, step: Step) -> None:
         """Whole steps of one rank make the history: long ones do not fall between two of its points."""
         began = step.ended // HISTORY_SECONDS * HISTORY_SECONDS
-        samples, seconds = float(self._batch), step.seconds
+        samples, seconds = self._batch if self._scale == 0.0 else step.samples * self._scale, step.seconds
         if self._history and self._history[-1][0] == began:
             _, before, spent = self._history.pop()
             samples, seconds = samples + before, seconds + spent
@@ -140,7 +142,8 @@ class Model:
 
     def _take_group(self, event: WorkersStarted) -> None:
         self._group, self._ended, self._plan = event, None, None
-        self._shares_since = self._num_loops = self._batch = 0
+        self._shares_since = self._num_loops = 0
+        self._batch = self._scale = 0.0
         self._lead = min(event.ranks, default=0)
         self._loops.clear()
         self._notices = {}
@@ -161,6 +164,7 @@ class Model:
     def _take_plan(self, plan: Plan) -> None:
         if self._plan is None or self._plan.shares != plan.shares:
             self._shares_since = plan.start
+            self._scale = sum(plan.shares) / plan.shares[self._lead]
         self._plan = plan
 
     def _take_window(self, window: Window) -> None:

@@ -39,7 +39,7 @@ ADARUN = str(Path(sys.executable).with_name("adarun"))
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="pairs of a job with and without viewers")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of a job with and without viewers")
     parser.add_argument("--smoke", action="store_true", help="a seconds-long version that shows that it runs")
     return parser.parse_args()
 
@@ -181,13 +181,13 @@ def main() -> None:
         start = first_screen(run, 3 if smoke else 21)
         cpu = viewers_cpu(run, 3.0 if smoke else 30.0)
     record.write(type="viewer", start_seconds=start, cpu=cpu, workers=WORKERS)
-    work = Work(steps=60 if smoke else 400, global_batch=harness.SMOKE_BATCH if smoke else harness.GLOBAL_BATCH)
+    work = Work(steps=60 if smoke else 250, global_batch=harness.SMOKE_BATCH if smoke else harness.GLOBAL_BATCH)
     ratios = []
     for number in range(1 if smoke else arguments.pairs):
         pair = {watched: one_run(work, watched=watched) for watched in ((False, True) if number % 2 else (True, False))}
         for watched, result in pair.items():
             record.add("watched" if watched else "alone", result, pair=number)
-        first = 20 if smoke else 100
+        first = 20 if smoke else 80
         ratios.append(statistics.median(pair[False].seconds[first:]) / statistics.median(pair[True].seconds[first:]))
     shown = ", ".join(f"{ratio:.4f}" for ratio in ratios)
     harness.show_rows(f"{VIEWERS} viewers", ["throughput watched / alone, per pair"], [[shown]], smoke=smoke)

@@ -28,7 +28,7 @@ def watched(pid: int) -> Snapshot:
     while not (entries := [entry for entry in running() if os.getpgid(entry.pid) == os.getpgid(pid)]):
         threading.Event().wait(0.2)
     connection = Connection(entries[-1].socket)
-    while (seen := connection.first()) is None or (seen.epoch or 0) < EPOCH or not seen.decisions:
+    while (seen := connection.first()) is None or (seen.epoch or 0) < EPOCH or not seen.num_changes:
         connection.newest = None
     connection.close()
     return seen

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -33,7 +34,7 @@ def test_the_parser_reads_back_what_was_measured() -> None:
     found = exposed()
     samples = {(s.labels["rank"], s.labels["node"]): s.value for s in found["adarun_worker_steps"].samples}
     assert samples == {("0", "here"): 40.0, ("1", "here"): 40.0}
-    assert [s.value for s in found["adarun_samples_per_second"].samples] == [640.0]
+    assert [s.value for s in found["adarun_samples_per_second"].samples] == pytest.approx([640.0])
     assert [s.value for s in found["adarun_worker_memory_bytes"].samples] == [float(1 << 28)]
     assert found["adarun"].samples[0].labels["script"] == "train.py"
     assert set(found) <= NAMES

@@ -230,12 +230,12 @@ SLOW = {"busy_seconds": 0.1, "wait_seconds": 0.0}
 @pytest.mark.parametrize(
     ("slow", "cause", "words"),
     [
-        ({**SLOW}, "compute", "it computes 3.12 ms a sample, the others 1.56 ms"),
-        ({**SLOW, "data_seconds": 0.05}, "data", "it waits 50.0 ms for its data"),
-        ({**SLOW, "cpu_fraction": 0.5}, "cpu", "it gets 50% of a core (throttled, or shared with another process)"),
+        ({**SLOW}, "compute", "3.12 ms a sample, the others 1.56 ms"),
+        ({**SLOW, "data_seconds": 0.05}, "data", "waits 50.0 ms for its data"),
+        ({**SLOW, "cpu_fraction": 0.5}, "cpu", "gets 50% of a core, throttled or shared"),
         ({**SLOW, "gpu_fraction": 1.0, "gpu_memory_bytes": 95, "gpu_capacity_bytes": 100}, "memory", "95% full"),
         ({**SLOW, "share": 64}, "share", "its share of 64 samples is large for it"),
-        ({**SLOW, "share": None}, "compute", "it computes for longer"),
+        ({**SLOW, "share": None}, "compute", "computes for longer"),
     ],
     ids=["compute", "data", "cpu", "memory", "share", "unknown share"],
 )
@@ -245,7 +245,7 @@ def test_the_cause_is_named(slow: dict[str, Any], cause: str, words: str) -> Non
     rank, found, text = straggler([others[0], worker(1, **slow), others[1]])
     assert (rank, found) == (1, cause)
     assert words in text
-    assert text.startswith("rank 1 holds the others back by 50.0 ms a step: ")
+    assert text.startswith("rank 1 holds the others back by 50.0 ms: ")
 
 
 @pytest.mark.parametrize("workers", [[], [worker(0)], [worker(0), worker(1, busy_seconds=0.053)]], ids=len)
@@ -358,8 +358,8 @@ def test_a_screen_is_as_large_as_the_terminal(width: int, height: int, num_worke
 def test_the_straggler_is_marked_without_colour() -> None:
     """The mark, the words and the signs of the bars are in the text, so nothing is lost without colours."""
     drawn = text_of(screen(trained().snapshot(1004.0), Looking(), 80, 24, UNICODE))
-    assert drawn[3].startswith("▶ rank 1 holds the others back by 40.0 ms a step: it computes")
-    (row,) = [line for line in drawn if line.startswith("▶    1")]
+    assert drawn[3].startswith("▶ rank 1 holds the others back by 40.0 ms: 2.81 ms a sample, the others 1.56 ms")
+    (row,) = [line for line in drawn if line.startswith("▶    1 ")]
     assert "█" in row
     assert "▒" in row
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adarun.hub import Hub
@@ -25,7 +25,7 @@ class Views:
     metrics_port: int = 0
     _announced: Path | None = field(default=None, compare=False)
     _panel: subprocess.Popen[bytes] | None = field(default=None, compare=False)
-    _stop_serving: Callable[[], Any] | None = field(default=None, compare=False)
+    _stop_serving: Callable[[], None] | None = field(default=None, compare=False)
 
     def open(self, hub: Hub, about: About) -> None:
         """Let the job be seen.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adarun.errors import AdarunError
 from adarun.events import Snapshot, WorkerNow
@@ -76,7 +76,7 @@ class Collector:
                 yield metric
 
 
-def serve(port: int, snapshot: Callable[[], Snapshot]) -> Callable[[], Any]:
+def serve(port: int, snapshot: Callable[[], Snapshot]) -> Callable[[], None]:
     """Serve a job's metrics on all addresses; returns what stops it.
 
     Raises:
@@ -94,4 +94,9 @@ def serve(port: int, snapshot: Callable[[], Snapshot]) -> Callable[[], Any]:
         server, _ = start_http_server(port, registry=registry)
     except OSError as error:
         raise AdarunError(f"--metrics-port {port} cannot be served ({error.strerror}); name a free port") from None
-    return lambda: (server.shutdown(), server.server_close())
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return stop

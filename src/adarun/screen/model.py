@@ -353,7 +353,7 @@ class Model:
         if reason.startswith(("rolled back", "kept: the last change made it worse")):
             return "a change was taken back; waiting before another"
         if reason.startswith("even: "):
-            return f"the split stays even: {reason[6:]}"
+            return f"the split stays even: {reason[6:].partition(' (')[0]}"
         return "nothing taken back" if self._decided else ""
 
     def _warnings(self, workers: Sequence[WorkerNow]) -> list[str]:

@@ -29,25 +29,25 @@ def straggler(workers: Sequence[WorkerNow]) -> tuple[int | None, str, str]:
     if excess <= HOLDS_BACK * (slow.busy_seconds + slow.wait_seconds):
         return None, "", ""
     cause, why = _cause(slow, others, excess)
-    return slow.rank, cause, f"rank {slow.rank} holds the others back by {excess * 1e3:.1f} ms a step: {why}"
+    return slow.rank, cause, f"rank {slow.rank} holds the others back by {excess * 1e3:.1f} ms: {why}"
 
 
 def _cause(slow: WorkerNow, others: Sequence[WorkerNow], excess: float) -> tuple[str, str]:
     data = slow.data_seconds - median(row.data_seconds for row in others)
     if data > EXPLAINS * excess:
-        return "data", f"it waits {slow.data_seconds * 1e3:.1f} ms for its data"
+        return "data", f"waits {slow.data_seconds * 1e3:.1f} ms for its data"
     capacity = slow.gpu_capacity_bytes
     if capacity and (slow.gpu_memory_bytes or 0) > FULL_MEMORY * capacity:
         return "memory", f"its GPU's memory is {(slow.gpu_memory_bytes or 0) / capacity:.0%} full"
     usual = median(_cpu_per_busy(row) for row in others)
     if slow.gpu_fraction is None and usual > COMPUTES_ON_CPU and 0.0 < _cpu_per_busy(slow) < THROTTLED * usual:
-        return "cpu", f"it gets {slow.cpu_fraction:.0%} of a core (throttled, or shared with another process)"
+        return "cpu", f"gets {slow.cpu_fraction:.0%} of a core, throttled or shared"
     mine, theirs = _per_sample(slow), median(_per_sample(row) for row in others)
     if mine and theirs and mine <= theirs * (1.0 + HOLDS_BACK):
         return "share", f"its share of {slow.share} samples is large for it"
     if mine and theirs:
-        return "compute", f"it computes {mine * 1e3:.2f} ms a sample, the others {theirs * 1e3:.2f} ms"
-    return "compute", "it computes for longer"
+        return "compute", f"{mine * 1e3:.2f} ms a sample, the others {theirs * 1e3:.2f} ms"
+    return "compute", "computes for longer"
 
 
 def _cpu_per_busy(row: WorkerNow) -> float:

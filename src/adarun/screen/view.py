@@ -255,7 +255,7 @@ def row_line(row: Row, snapshot: Snapshot, columns: Columns, looking: Looking, g
 def worker_line(row: WorkerNow, snapshot: Snapshot, columns: Columns, looking: Looking, glyphs: Glyphs) -> Line:
     """A worker's row."""
     slow = row.rank == snapshot.straggler
-    mark = glyphs.mark if slow else ">" if row.rank == looking.rank else " "
+    signs = (glyphs.mark if slow else " ") + (">" if row.rank == looking.rank else " ")
     style = "reverse" if row.rank == looking.rank else "bold red" if slow else "none"
     largest = max(other.share or 0 for other in snapshot.workers) or 1
     bar = glyphs.share * round((row.share or 0) / largest * columns.share)
@@ -263,7 +263,7 @@ def worker_line(row: WorkerNow, snapshot: Snapshot, columns: Columns, looking: L
     use = row.gpu_fraction if row.gpu_fraction is not None else row.cpu_fraction
     used = row.gpu_memory_bytes if row.gpu_memory_bytes is not None else row.memory_bytes
     line: Line = [
-        (f"{mark}{row.rank:>5} {row.device or '-':<6.6} {share:>5} ", style),
+        (f"{signs}{row.rank:>4} {row.device or '-':<6.6} {share:>5} ", style),
         (f"{bar:<{columns.share}} ", "cyan"),
         *phases_bar(row, columns.phases, glyphs),
     ]

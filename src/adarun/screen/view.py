@@ -316,8 +316,8 @@ def foot_lines(snapshot: Snapshot, width: int, room: int) -> list[Line]:
         lines.append([(f"setting: {snapshot.setting}", "none")])
     knobs = [knobs_text(snapshot.plan)] if snapshot.plan else []
     guard = [f"guard: {snapshot.guard}"] if snapshot.guard else []
-    if knobs or guard:
-        lines.append([("; ".join([*knobs, *guard]), "none")])
+    both = "; ".join([*knobs, *guard])
+    lines += [[(text, "none")] for text in ([both] if cell_len(both) <= width else [*knobs, *guard]) if text]
     few = 3 if room < 30 else 8
     for said in snapshot.decisions[-few:]:
         sign = "* " if said.changed else "  "

@@ -57,6 +57,11 @@ def keys_of(typed: str) -> list[str]:
     return keys
 
 
+def give_way() -> None:
+    """From the first picture on, the job's processes go first on the CPU."""
+    os.nice(19)
+
+
 class Screen:
     """The terminal while a viewer looks at it."""
 
@@ -128,8 +133,10 @@ def watch(console: Console, entry: Entry) -> Snapshot | None:
             new = True
             while not looking.done:
                 if new or terminal.size != size:
-                    size = terminal.size
+                    first, size = not any(size), terminal.size
                     terminal.draw(screen(shown, looking, *size, terminal.glyphs))
+                    if first:
+                        give_way()
                 ready, keys = terminal.wait([connection])
                 for key in keys:
                     looking = press(looking, key, shown, room_for_rows(shown, *size))

@@ -94,6 +94,7 @@ def main() -> None:
     # Ctrl-C and the like are for the job; when it ends, so does this.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, ended)
+    os.nice(19)  # the job's processes go first
     panel = Panel(sys.stdout.fileno(), sys.stdout.encoding)
     try:
         panel.connection = Connection(sys.argv[1])

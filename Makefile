@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint smoke man clean
+.PHONY: help demo test lint smoke man screen clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,11 +24,14 @@ lint: $(VENV)/.with-dev  ## ruff and mypy
 	$(BIN)/mypy --strict
 
 smoke: $(VENV)/.with-dev  ## run every benchmark for a few seconds: do they still work?
-	@set -e; for name in slow_worker neighbour equal slow_network overhead tune policies split; do \
+	@set -e; for name in slow_worker neighbour equal slow_network averaging overhead tune policies split status; do \
 	  echo "benchmarks/$$name.py --smoke"; $(BIN)/python benchmarks/$$name.py --smoke; done
 
 man: $(VENV)/.with-dev  ## write man/*.1 from the command line's own definition
 	$(BIN)/python scripts/make_man.py
+
+screen: $(VENV)/.with-dev  ## draw docs/status.svg, the picture in the README, from a running job
+	@$(BIN)/python scripts/make_screen.py
 
 clean:  ## remove the environment and what the tools cached
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Write man/adarun.1 and man/adarun-run.1 from the command line's own definition: `make man`."""
+"""Write man/adarun.1 and a page for each command from the command line's own definition: `make man`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer.main
 
 import adarun
 from adarun.cli.app import app
+from adarun.screen.view import KEYS
 
 MAN = Path(__file__).parents[1] / "man"
 
@@ -28,6 +29,17 @@ EXIT_STATUS = [
     ("1", "A worker failed and no restart was left, or something that adarun needs is not there."),
     ("2", "The command line asks for what cannot be done; nothing was started."),
     ("128+n", "The job was ended by signal n."),
+]
+
+STATUS_EXIT = [
+    ("0", "Something was shown."),
+    ("1", "There is no such run, none at all, or its launcher does not answer."),
+    ("2", "The command line asks for what cannot be done."),
+]
+
+ENVIRONMENT = [
+    ("NO_COLOR", "If set to anything, no colours."),
+    ("XDG_RUNTIME_DIR", "Where running jobs are announced, in its folder adarun."),
 ]
 
 FILES = [
@@ -131,7 +143,7 @@ def pages() -> dict[str, str]:
         "OPTIONS": "\n".join(entries(options) for options in panels(group, overall.callback).values()),
         "EXIT STATUS": entries(named(EXIT_STATUS)),
         "FILES": entries(named(FILES)),
-        "SEE ALSO": f"{bold('adarun-run')}(1)",
+        "SEE ALSO": f"{bold('adarun-run')}(1), {bold('adarun-status')}(1)",
     }
     details = {
         "SYNOPSIS": f"{synopsis}\n.br\n{bold('adarun run')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]",
@@ -139,11 +151,22 @@ def pages() -> dict[str, str]:
         **{heading.upper(): entries(options) for heading, options in panels(run, callbacks["run"]).items()},
         "ENVIRONMENT": entries(environment(run)),
         "EXIT STATUS": entries(named(EXIT_STATUS)),
-        "SEE ALSO": f"{bold('adarun')}(1)",
+        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-status')}(1)",
+    }
+    status = commands["status"]
+    watching = {
+        "SYNOPSIS": f"{bold('adarun status')} [\\fIoptions\\fR] [\\fIrun\\fR]",
+        "DESCRIPTION": paragraphs(status.help),
+        **{heading.upper(): entries(options) for heading, options in panels(status, callbacks["status"]).items()},
+        "KEYS": entries(named(KEYS)),
+        "ENVIRONMENT": entries([*environment(status), *named(ENVIRONMENT)]),
+        "EXIT STATUS": entries(named(STATUS_EXIT)),
+        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-run')}(1)",
     }
     return {
         "adarun.1": page("adarun", "torchrun that adapts to its workers", overview),
         "adarun-run.1": page("adarun-run", first_sentence(run.help), details),
+        "adarun-status.1": page("adarun-status", first_sentence(status.help), watching),
     }
 
 

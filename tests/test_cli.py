@@ -21,6 +21,7 @@ from adarun.cli import app, run
 from adarun.control.pace import Allowed
 from adarun.control.planner import Settings
 from adarun.launch import agent
+from adarun.launch.views import Views
 from adarun.policies import Tuning
 from conftest import Job
 
@@ -59,7 +60,9 @@ SAMPLES = {
 }
 OWN = ["--adapt", "--window", "--shares", "--max-share", "--batchnorm", "--loss-reduction"]
 OWN += ["--sync-period", "--compress", "--topology", "--outer"]
-OWN += ["--tune", "--tune-epochs", "--policy", "--runs-dir"]
+OWN += ["--tune", "--tune-epochs", "--policy", "--runs-dir", "--live", "--metrics-port"]
+STATUS = ["--json", "--watch", "--runs-dir"]
+VIEWS = Views(live=True, metrics_port=9464)
 SCRIPT = [__file__, "--nnodes", "7", "-m", "--", "rest"]
 
 
@@ -172,12 +175,18 @@ def test_own_options() -> None:
     assert [p.opts[0] for p in command.params if getattr(p, "rich_help_panel", None) == run.ADARUN] == OWN
 
 
+def test_options_of_status() -> None:
+    """The options of `adarun status` are these and no others."""
+    command = typer.main.get_command(app.app).commands["status"]
+    assert [p.opts[0] for p in command.params if p.param_type_name == "option"] == STATUS
+
+
 def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An own option not given takes its value from ADARUN_<its name>, and means the same."""
     values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "2:64", "auto", "gossip", "nesterov"]
-    values += ["OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere"]
+    values += ["OMP_NUM_THREADS=1,2", "9", "ucb", "elsewhere", None, "9464"]
     monkeypatch.setattr(run.secrets, "randbits", lambda _: 5)
-    given = [word for option in zip(OWN, values, strict=True) for word in option]
+    given = [word for option in zip(OWN, values, strict=True) for word in option if word]
     with mock.patch.object(run, "job", side_effect=SystemExit) as job:
         with pytest.raises(SystemExit):
             app.app(["run", *given, __file__])
@@ -185,7 +194,7 @@ def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPat
             {name: os.environ.pop(name) for name in ("ADARUN_BATCHNORM", "ADARUN_LOSS_REDUCTION", "ADARUN_SYNC")}
         ]
         for option, value in zip(OWN, values, strict=True):
-            monkeypatch.setenv(f"ADARUN_{option[2:].upper().replace('-', '_')}", value)
+            monkeypatch.setenv(f"ADARUN_{option[2:].upper().replace('-', '_')}", value or "1")
         with pytest.raises(SystemExit):
             app.app(["run", __file__])
         passed_on.append({name: os.environ[name] for name in passed_on[0]})
@@ -193,7 +202,7 @@ def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPat
     tuning = Tuning(["OMP_NUM_THREADS=1", "OMP_NUM_THREADS=2"], "ucb", 5, 9)
     allowed = Allowed((2, 64), ("none", "bf16", "powersgd"), ("gossip",), "nesterov")
     asked = Settings("on", 7, [[3, 1], [1, 3]], 40, allowed)
-    expected = mock.call([__file__], __file__, Path("elsewhere"), asked, tuning, settings)
+    expected = mock.call([__file__], __file__, Path("elsewhere"), asked, tuning, settings, VIEWS)
     assert job.call_args_list == [expected, expected]
     assert (
         passed_on == [{"ADARUN_BATCHNORM": "allow", "ADARUN_LOSS_REDUCTION": "sum", "ADARUN_SYNC": "on,compress"}] * 2
@@ -233,6 +242,9 @@ REFUSED = {
     "a negative share": (["--max-share", "-1", __file__], "--max-share -1 is negative"),
     "negative epochs": (["--tune-epochs", "-1", __file__], "--tune-epochs -1 is negative"),
     "tuning on two nodes": (["--tune", "A=1,2", "--nnodes", "2", __file__], "--tune restarts the workers of one node"),
+    "a port that is none": (["--metrics-port", "65536", __file__], "--metrics-port 65536 is no port"),
+    "a watch of no time": (["status", "--watch", "-1"], "--watch -1 is not between 0.1 and 86400 seconds"),
+    "an unknown option of status": (["status", "--nope"], "See adarun status --help"),
     "unknown adapt": (["--adapt", "maybe", __file__], "--adapt"),
     "an unknown option": (["--nope", __file__], "--nope"),
     "an option without its value": (["--log-dir"], "--log-dir"),

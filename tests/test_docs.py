@@ -19,6 +19,8 @@ from adarun.cli.app import app
 from adarun.control.planner import Settings
 from adarun.launch.record import Recording
 from adarun.policies import Tuning
+from adarun.report.openmetrics import COUNTERS, GAUGES, JOB_COUNTERS, JOB_GAUGES
+from adarun.screen.view import KEYS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -76,10 +78,10 @@ def rows(text: str) -> list[list[str]]:
     return [cells for number, cells in enumerate(lines) if not {number, number + 1} & set(heads)]
 
 
-def command_options() -> set[str]:
-    """Every long option of `adarun run`, under its first spelling."""
+def command_options(command: str = "run") -> set[str]:
+    """Every long option of a command, under its first spelling."""
     group: Any = typer.main.get_command(app)
-    options = [parameter for parameter in group.commands["run"].params if parameter.param_type_name == "option"]
+    options = [parameter for parameter in group.commands[command].params if parameter.param_type_name == "option"]
     return {next(name for name in option.opts if name.startswith("--")) for option in options}
 
 
@@ -119,7 +121,7 @@ def test_named_options_exist(page: Path) -> None:
     """An option that a page names is one of adarun's or torchrun's."""
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
     named = {name.replace("_", "-") for name in named}
-    assert named - command_options() - torchrun_options() - FOREIGN_OPTIONS == set()
+    assert named - command_options() - command_options("status") - torchrun_options() - FOREIGN_OPTIONS == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -157,6 +159,40 @@ def test_run_log_page_has_every_field_of_run_json(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "run-log.md").read_text().split("`run.json` holds:")[1].split("\n## ")[0]
     described = {cells[0].strip("`") for cells in rows(text)}
     assert described == set(json.loads((tmp_path / "a-run" / "run.json").read_text()))
+
+
+def described(text: str) -> set[str]:
+    """The names in the first cells of a text's tables."""
+    return {name for cells in rows(text) for name in re.findall(r"`(\w+)`", cells[0])}
+
+
+def test_status_page_has_every_option() -> None:
+    """docs/status.md has a row for each option of `adarun status`."""
+    text = section("What is no terminal", (ROOT / "docs" / "status.md").read_text())
+    assert {cells[0].split()[0].strip("`") for cells in rows(text)} == command_options("status")
+
+
+@pytest.mark.parametrize(
+    ("heading", "struct"), [("The job", events.Snapshot), ("A worker", events.WorkerNow), ("A decision", events.Said)]
+)
+def test_status_page_has_every_field(heading: str, struct: type[msgspec.Struct]) -> None:
+    """docs/status.md describes each field of what --json prints, and nothing else."""
+    text = re.split(rf"^### {heading}$", (ROOT / "docs" / "status.md").read_text(), flags=re.MULTILINE)[1]
+    assert described(re.split(r"^##", text, flags=re.MULTILINE)[0]) == set(struct.__struct_fields__) | (
+        {"type"} if struct is events.Snapshot else set()
+    )
+
+
+def test_status_page_has_every_metric() -> None:
+    """docs/status.md lists the metrics under the names that Prometheus sees."""
+    served = {*(f"{name}_total" for name in (*COUNTERS, *JOB_COUNTERS)), *GAUGES, *JOB_GAUGES, "adarun_info"}
+    assert described(section("Prometheus", (ROOT / "docs" / "status.md").read_text())) == served
+
+
+def test_status_page_has_every_key() -> None:
+    """docs/status.md has the keys of the help page."""
+    text = section("Keys", (ROOT / "docs" / "status.md").read_text())
+    assert [(cells[0].strip("`"), cells[1]) for cells in rows(text)] == KEYS
 
 
 def test_readme_quotes_real_messages() -> None:

@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # Whatever else there is in the standard library does I/O, knows the clock, or was not needed so far.
 CALM = {"__future__", "abc", "bisect", "collections", "copy", "dataclasses", "enum", "functools", "heapq", "itertools"}
 CALM |= {"math", "operator", "statistics", "typing", "msgspec", "numpy"}
+SCREEN_MODEL = ("adarun.screen.model", "adarun.screen.straggler", "adarun.screen.rows")
 PURE = ("adarun.state", "adarun.control", "adarun.simulate", "adarun.events", "adarun.errors")
 
 
@@ -54,6 +55,16 @@ FENCES = [
         lambda module: under(module, "adarun.state", "adarun.control", "adarun.simulate"),
         lambda name: not under(name, *PURE) if top(name) == "adarun" else top(name) not in CALM,
         "decisions are pure functions of what was seen: no I/O, clock, torch or screen, so they can be repeated",
+    ),
+    Fence(
+        "screen",
+        lambda module: under(module, *SCREEN_MODEL),
+        lambda name: (
+            not under(name, "adarun.events", *SCREEN_MODEL)
+            if top(name) == "adarun"
+            else top(name) not in {*CALM, "re"} - {"numpy"}
+        ),
+        "what is shown is a pure function of what was seen, and a viewer that starts at once has no time for numpy",
     ),
     Fence(
         "torch",
@@ -137,6 +148,8 @@ def test_no_module_breaks_a_fence(fence: Fence) -> None:
         ("pure", "adarun.state", "open('log')", ["builtins.open"]),
         ("pure", "adarun.simulate.job", "import gymnasium", ["gymnasium"]),
         ("pure", "adarun.control", "import math, numpy\nfrom .cost import CostModel", []),
+        ("screen", "adarun.screen.model", "import numpy, time, rich.text\nimport re", ["numpy", "rich.text", "time"]),
+        ("screen", "adarun.screen.rows", "from adarun.state import State", ["adarun.state.State"]),
         ("torch", "adarun.hub", "def f():\n    import torch.distributed", ["torch.distributed"]),
         ("torch", "adarun", "import importlib\nimportlib.import_module('torch')", ["torch"]),
         ("torch", "adarun.launch.agent", "import torch", []),
@@ -165,9 +178,11 @@ def loaded(program: str) -> set[str]:
         "import adarun; assert adarun.active() is False",
         "import runpy; sys.argv = ['adarun', '--help']; runpy.run_module('adarun', run_name='__main__')",
         "import runpy; sys.argv = ['adarun', 'run', '--help']; runpy.run_module('adarun', run_name='__main__')",
+        "import runpy; sys.argv = ['adarun', 'status', '--help']; runpy.run_module('adarun', run_name='__main__')",
+        "import adarun.screen.live, adarun.screen.panel, adarun.screen.view, adarun.registry; import adarun",
         "import runpy; sys.argv = ['adarun', '--version']; runpy.run_module('adarun', run_name='__main__')",
     ],
-    ids=["import", "help", "run-help", "version"],
+    ids=["import", "help", "run-help", "status-help", "screen", "version"],
 )
 def test_torch_is_not_imported(program: str) -> None:
     """Importing adarun and asking for its help never import torch, which takes seconds."""

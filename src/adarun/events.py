@@ -16,6 +16,9 @@ from msgspec import Meta
 SCHEMA_VERSION = 1
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_REPORTS = 4096
+SNAPSHOT_VERSION = 1
+# 2,000 workers take about 1 MiB.
+MAX_SNAPSHOT_BYTES = 16 << 20
 
 Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 40)]
@@ -230,6 +233,97 @@ class Refusal(Message, frozen=True, tag="refusal"):
     reason: Text
 
 
+# --- viewer <-> hub --------------------------------------------------------------------------------------------------
+
+
+class Watch(Message, frozen=True, tag="watch"):
+    """A viewer's first message, and its next ones when it wants the recent steps of another worker; -1: of none."""
+
+    rank: Annotated[int, Meta(ge=-1, lt=1 << 20)] = -1
+
+
+class WorkerNow(msgspec.Struct, frozen=True):
+    """A worker as viewers see it: means per step over its last steps, totals over the run, None where unknown.
+
+    `busy_seconds` includes `data_seconds`. `state` is starting, training, silent or gone.
+    """
+
+    rank: int
+    node: str
+    device: str
+    pid: int
+    state: str
+    share: int | None = None
+    step: int | None = None
+    samples_per_second: float = 0.0
+    busy_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    data_seconds: float = 0.0
+    cpu_fraction: float | None = None
+    memory_bytes: int | None = None
+    gpu_fraction: float | None = None
+    gpu_memory_bytes: int | None = None
+    gpu_capacity_bytes: int | None = None
+    total_steps: int = 0
+    total_samples: int = 0
+    total_busy_seconds: float = 0.0
+    total_wait_seconds: float = 0.0
+    total_data_seconds: float = 0.0
+    lost_reports: int = 0
+
+
+class Said(msgspec.Struct, frozen=True):
+    """A decision in words; `changed` says whether something is another way since."""
+
+    at: float
+    text: str
+    changed: bool = False
+
+
+class Snapshot(Message, frozen=True, tag="snapshot"):
+    """A job at one moment, for viewers. `adarun status --json` prints it: what raises `version` is what breaks a reader.
+
+    `state` is starting, training, silent, restarting or ended. `gain` is over the even split. `history` are samples per
+    second, one for each `history_seconds`, the newest last. `recent` are the last steps of the ranks that were asked for.
+    """
+
+    version: int
+    run: str
+    command: list[str]
+    script: str
+    host: str
+    folder: str
+    log: str
+    pid: int
+    started: float
+    at: float
+    state: str
+    attempt: int
+    world_size: int
+    num_nodes: int
+    workers: list[WorkerNow]
+    exit_code: int | None = None
+    epoch: int | None = None
+    num_epochs: int | None = None
+    step: int | None = None
+    left_seconds: float | None = None
+    samples_per_second: float = 0.0
+    history: list[float] = []
+    history_seconds: float = 2.0
+    gain: float | None = None
+    gain_error: float | None = None
+    straggler: int | None = None
+    cause: str = ""
+    cause_text: str = ""
+    plan: Plan | None = None
+    setting: str = ""
+    guard: str = ""
+    decisions: list[Said] = []
+    num_changes: int = 0
+    warnings: list[str] = []
+    recent: dict[int, list[Step]] = {}
+
+
 # --- only in the log -------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +464,8 @@ class RunEnded(Message, frozen=True, tag="run_ended"):
 
 FromWorker = Hello | Steps | PlanRequest | Notice | Loop | Meeting | Averaged | Learned
 ToWorker = Plan | Met | Refusal
+ToHub = FromWorker | Watch
+ToViewer = Snapshot | Refusal
 Logged = (
     RunStarted
     | WorkersStarted
@@ -392,7 +488,7 @@ Logged = (
 )
 
 
-def frame(message: FromWorker | ToWorker) -> bytes:
+def frame(message: ToHub | ToWorker | ToViewer) -> bytes:
     """The bytes of a message on the socket."""
     body = msgspec.msgpack.encode(message)
     return len(body).to_bytes(4, "big") + body

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -24,7 +24,6 @@ from adarun.events import (
     Attached,
     Averaged,
     Decision,
-    FromWorker,
     Hello,
     Learned,
     Logged,
@@ -37,12 +36,18 @@ from adarun.events import (
     PlanRequest,
     Refusal,
     Refused,
+    Snapshot,
     Steps,
+    ToHub,
     ToWorker,
+    Watch,
+    WorkersEnded,
     WorkersStarted,
     frame,
 )
 from adarun.resources import Sampler
+from adarun.screen.model import About
+from adarun.viewers import TURN_SECONDS, Viewers
 
 T = TypeVar("T")
 
@@ -61,17 +66,24 @@ class RefusedClient(Exception):
 
 
 class Hub:
-    """Serves the workers of this node from a thread of its own."""
+    """Serves the workers of this node, and those who watch them, from a thread of its own."""
 
-    def __init__(self, planner: Planner, log: Callable[[Logged], None], tuner: Tuner | None = None) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        log: Callable[[Logged], None],
+        tuner: Tuner | None = None,
+        about: About | None = None,
+    ) -> None:
         self.planner = planner
         self.tuner = tuner
-        self._log = log
+        self._write = log
+        self._viewers = Viewers(about or About(), self._log)
         self._restart = False
         self._directory = private_directory()
         self.path = self._directory / "hub"
         self._loop = asyncio.new_event_loop()
-        self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._decoder = msgspec.msgpack.Decoder(ToHub)
         self._workers: dict[int, Hello] = {}
         self._group: WorkersStarted | None = None
         # By step: which ranks want to evaluate or to save, and what they are told.
@@ -102,6 +114,22 @@ class Hub:
             self._see(event)
 
         self._call(renew())
+
+    def workers_ended(self, event: WorkersEnded) -> None:
+        """The worker group is gone."""
+
+        async def note() -> None:
+            self._log(event)
+
+        self._call(note())
+
+    def snapshot(self) -> Snapshot:
+        """The job now, for whoever shows it; from any thread."""
+
+        async def look() -> Snapshot:
+            return self._viewers.snapshot()
+
+        return self._call(look())
 
     def stop(self) -> None:
         """Close the window that is open, hang up, and remove the socket."""
@@ -143,6 +171,10 @@ class Hub:
         restart, self._restart = self._restart, False
         return restart
 
+    def _log(self, event: Logged) -> None:
+        self._write(event)
+        self._viewers.model.see(event)
+
     def _see(self, event: Logged) -> None:
         self.planner.see(event)
         self._log(event)
@@ -171,7 +203,10 @@ class Hub:
         try:
             if uid != os.getuid():
                 raise RefusedClient(f"it runs as user {uid}, not {os.getuid()}")
-            hello = await self._greet(reader)
+            first, _ = await asyncio.wait_for(self._receive(reader), HELLO_SECONDS)
+            if isinstance(first, Watch):
+                await self._show(first, pid, reader, writer)
+            hello = self._greet(first)
             await self._converse(hello, reader, writer)
         # Before Python 3.11 asyncio has a TimeoutError of its own.
         except (
@@ -192,8 +227,7 @@ class Hub:
                 del self._workers[hello.rank]
             writer.close()
 
-    async def _greet(self, reader: asyncio.StreamReader) -> Hello:
-        hello, _ = await asyncio.wait_for(self._receive(reader), HELLO_SECONDS)
+    def _greet(self, hello: ToHub) -> Hello:
         if not isinstance(hello, Hello):
             raise RefusedClient(f"its first message is {type(hello).__name__}, not Hello")
         group = self._group
@@ -204,6 +238,23 @@ class Hub:
         self._workers[hello.rank] = hello
         self._see(Attached(hello=hello, at=time.time()))
         return hello
+
+    async def _show(
+        self, watch: Watch, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> NoReturn:
+        """Let a viewer watch until it hangs up or is refused."""
+        if self._viewers.full:
+            raise RefusedClient("too many watch this job already")
+        viewer = self._viewers.join(watch, writer, pid)
+        try:
+            while True:
+                message, _ = await self._receive(reader)
+                if not isinstance(message, Watch):
+                    raise RefusedClient(f"a viewer says {type(message).__name__}")
+                viewer.rank = message.rank
+                await asyncio.sleep(TURN_SECONDS)
+        finally:
+            self._viewers.leave(viewer)
 
     async def _converse(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         rank = hello.rank
@@ -268,7 +319,7 @@ class Hub:
         writer.write(frame(message))
         await writer.drain()
 
-    async def _receive(self, reader: asyncio.StreamReader) -> tuple[FromWorker, int]:
+    async def _receive(self, reader: asyncio.StreamReader) -> tuple[ToHub, int]:
         """The next message and its size in bytes."""
         try:
             num_bytes = int.from_bytes(await reader.readexactly(4), "big")

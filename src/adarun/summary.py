@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Group
@@ -11,7 +12,9 @@ from rich.text import Text
 from adarun.control.pace import Pacer
 from adarun.control.planner import Planner
 from adarun.control.tuner import Tuner
-from adarun.state import State
+from adarun.runlog import read
+from adarun.screen.finished import snapshot_of
+from adarun.state import State, fold
 
 
 def summary(planner: Planner, tuner: Tuner | None, seconds: float, log: Path) -> Group:
@@ -105,3 +108,19 @@ def tuning_line(tuner: Tuner) -> Text:
         f"  tuned: {tuner.names[tuner.incumbent]} is the best of {measured} settings tried ({best:.0f} samples/s{gain}); "
         f"{tuner.num_restarts} restarts took {sum(tuner.restart_seconds[1:]):.0f} s"
     )
+
+
+def of_log(folder: Path) -> Group:
+    """The summary of a run that is over, from its log."""
+    state, seen = State(), snapshot_of(folder)
+    for event in read(folder):
+        fold(state, event)
+    lines = [headline(state, max(0.0, seen.at - seen.started))]
+    if seen.gain is not None:
+        error = f" (give or take {seen.gain_error:.0%})" if seen.gain_error is not None else ""
+        lines.append(Text(f"  estimated gain over the even split: {seen.gain:+.0%}{error}"))
+    lines += [Text(f"  note: {text}") for text in seen.warnings]
+    how = "its launcher was killed" if seen.exit_code is None else f"exit code {seen.exit_code}"
+    lines.append(Text(f"  {seen.run} ended {datetime.fromtimestamp(seen.at):%Y-%m-%d %H:%M:%S}: {how}"))
+    lines.append(Text(f"  log: {folder}"))
+    return Group(lines[0], *([workers_table(state)] if state.totals else []), *lines[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from adarun import __version__
-from adarun.cli import run
+from adarun.cli import run, status
 from adarun.errors import AdarunError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run", context_settings=run.CONTEXT, help=run.__doc__)(run.run)
+app.command("status", context_settings=status.CONTEXT, help=status.__doc__)(status.status)
 
 
 @app.callback(invoke_without_command=True)
@@ -45,7 +46,8 @@ def main() -> None:
             raise
         text = message()
         # No command at all: the help is the message.
-        sys.stderr.write(f"{text}\n" if text.startswith("Usage:") else f"adarun: {text} See adarun run --help.\n")
+        command = "status" if sys.argv[1:2] == ["status"] else "run"
+        sys.stderr.write(f"{text}\n" if text.startswith("Usage:") else f"adarun: {text} See adarun {command} --help.\n")
         sys.exit(2)
 
 

@@ -19,6 +19,7 @@ import typer
 
 from adarun.errors import UsageError, WorkersFailed
 from adarun.launch import knobs
+from adarun.launch.views import Views
 
 if TYPE_CHECKING:
     from adarun.control.pace import Allowed
@@ -202,6 +203,13 @@ def run(
     runs_dir: Annotated[Path, adarun("Folder that gets a subfolder with the log of each run.", "--runs-dir")] = Path(
         "runs"
     ),
+    live: Annotated[
+        bool, adarun("Show the screen of adarun status in this terminal, under the script's output.", "--live")
+    ] = False,
+    metrics_port: Annotated[
+        int,
+        adarun("Serve OpenMetrics for Prometheus on this port; 0: do not. Needs adarun[metrics].", "--metrics-port"),
+    ] = 0,
     nnodes: Annotated[
         str | None, torchrun("Number of nodes, or a range MIN:MAX for an elastic job.", "--nnodes")
     ] = None,
@@ -293,6 +301,8 @@ def run(
         raise UsageError(f"--window {window} is negative; give a number of steps, or 0 to let adarun choose")
     if max_share < 0:
         raise UsageError(f"--max-share {max_share} is negative; give a number of samples, or 0 for no limit")
+    if not 0 <= metrics_port < 1 << 16:
+        raise UsageError(f"--metrics-port {metrics_port} is no port; give a number from 1 to 65535")
     scripted = parse_shares(shares)
     if scripted and adapt is not Adapt.on:
         raise UsageError(f"--shares changes the split, which --adapt {adapt.value} forbids; leave one of them out")
@@ -321,7 +331,7 @@ def run(
     for variable in ("ADARUN_HUB", "ADARUN_ATTEMPT", "ADARUN_ATTACHED"):
         os.environ.pop(variable, None)  # of a job in whose worker this one was started
     given = torchrun_arguments(context, script, arguments)
-    sys.exit(job(given, script, runs_dir, asked, tuning, settings))
+    sys.exit(job(given, script, runs_dir, asked, tuning, settings, Views(live, metrics_port)))
 
 
 def given_by_torchrun(name: str) -> bool:
@@ -390,6 +400,7 @@ def job(
     asked: Settings,
     tuning: Tuning,
     settings: list[knobs.Setting],
+    views: Views,
 ) -> int:
     """Run the job and return the exit code."""
     # torch takes 1.5 to 2 s to import: only now is it needed.
@@ -410,9 +421,9 @@ def job(
     if settings and configured[0].max_nodes > 1:
         raise UsageError("--tune restarts the workers of one node; it cannot be used with --nnodes above 1")
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(script).stem}-{secrets.token_hex(2)}"
-    with Recording(runs_dir, name, sys.argv[1:], asked, tuning) as recording:
+    with Recording(runs_dir, name, sys.argv[1:], asked, tuning, views) as recording:
         try:
-            agent.launch(configured, recording.hub, recording.log, settings)
+            agent.launch(configured, recording.hub, recording.hub.workers_ended, settings)
         except WorkersFailed as error:
             sys.stderr.write(f"{error}\n")
             recording.exit_code = error.exit_code

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import platformdirs
 import torch
 from rich.console import Console
@@ -21,8 +22,10 @@ from adarun.control.tuner import Tuner
 from adarun.errors import AdarunError
 from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
 from adarun.hub import Hub
+from adarun.launch.views import Views
 from adarun.policies import Tuning, keep, load
 from adarun.runlog import RunLog
+from adarun.screen.model import About
 from adarun.summary import summary
 
 
@@ -36,6 +39,7 @@ class Recording:
         command: list[str],
         settings: Settings,
         tuning: Tuning,
+        views: Views | None = None,
     ) -> None:
         self.exit_code = 0
         self._began = time.monotonic()
@@ -66,7 +70,9 @@ class Recording:
         self.planner = Planner(settings, lambda values: load(dataclasses.replace(tuning, names=list(values))))
         self._policy = load(tuning) if tuning.names else None
         tuner = Tuner(tuning.names, self._policy, tuning.num_epochs) if self._policy else None
-        self.hub = Hub(self.planner, self.log, tuner)
+        self._about = msgspec.convert({**about, "log": str(self._runlog.directory.resolve())}, About)
+        self.hub = Hub(self.planner, self.log, tuner, self._about)
+        self._views = views or Views()
 
     def log(self, event: Logged) -> None:
         """Append an event to the run log."""
@@ -74,6 +80,13 @@ class Recording:
 
     def __enter__(self) -> Recording:  # noqa: PYI034 - Self needs Python 3.11
         self.hub.start()
+        try:
+            self._views.open(self.hub, self._about)
+        except AdarunError:
+            self._views.close()
+            self.hub.stop()
+            self._runlog.close()
+            raise
         return self
 
     def __exit__(
@@ -81,6 +94,7 @@ class Recording:
     ) -> None:
         if kind is not None:
             self.exit_code = getattr(error, "exit_code", 1)
+        self._views.close()
         self.hub.stop()
         if self._policy is not None:
             try:

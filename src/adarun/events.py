@@ -238,6 +238,14 @@ class Attached(Message, frozen=True, tag="attached"):
     at: float
 
 
+class Asked(Message, frozen=True, tag="asked"):
+    """A worker asked for its first plan, or now says otherwise why the split must stay even: without it no plan can be repeated."""
+
+    rank: int
+    step: int
+    frozen: str = ""
+
+
 class Window(Message, frozen=True, tag="window"):
     """What was measured under the shares just run, one entry per rank: the controller's input."""
 
@@ -352,6 +360,7 @@ Logged = (
     RunStarted
     | WorkersStarted
     | Attached
+    | Asked
     | Step
     | Window
     | Decision

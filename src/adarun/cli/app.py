@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from adarun import __version__
-from adarun.cli import run
+from adarun.cli import replay, run
 from adarun.errors import AdarunError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("run", context_settings=run.CONTEXT, help=run.__doc__)(run.run)
+app.command("replay", context_settings=replay.CONTEXT, help=replay.__doc__)(replay.replay)
 
 
 @app.callback(invoke_without_command=True)

@@ -10,7 +10,7 @@ import msgspec
 
 from adarun.control.controller import Controller
 from adarun.control.guard import Memory
-from adarun.events import Logged, Notice, Plan, PlanRequest, Refusal, Resources, Window, WorkersStarted
+from adarun.events import Asked, Logged, Notice, Plan, PlanRequest, Refusal, Resources, Window, WorkersStarted
 from adarun.state import State, close_window, fold
 
 # A worker asks for the step it draws next; one that asks much further ahead is broken.
@@ -48,6 +48,8 @@ class Planner:
             if self.controller is None or len(self.controller.model.fixed) != event.world_size:
                 self.controller = Controller(event.world_size, self._settings.scripted, self._settings.max_share)
             self._askers, self._facts = {}, OrderedDict()
+        elif isinstance(event, Asked):
+            self._askers[event.rank] = event.frozen
         elif isinstance(event, Resources):
             self._see_memory(event)
 
@@ -62,6 +64,10 @@ class Planner:
         """The plan for `request.step`, and the events to log for it."""
         self._out = []
         return self._answer(rank, request), self._out
+
+    def frozen(self, rank: int) -> str:
+        """Why the split must stay even, as this rank has said it last."""
+        return self._askers.get(rank, "")
 
     def finish(self) -> list[Logged]:
         """Close the last window; the events to log for it."""
@@ -98,7 +104,9 @@ class Planner:
             return Refusal(f"a global batch of {request.global_batch} cannot be shared by {state.world_size} workers")
         if refusal := self._disagreement(rank, request):
             return refusal
-        self._askers[rank] = request.frozen
+        if self._askers.get(rank) != request.frozen:
+            self._askers[rank] = request.frozen
+            self._emit(Asked(rank=rank, step=request.step, frozen=request.frozen))
         stop = state.plans[-1].stop if state.plans else 0
         if request.step >= stop + MAX_AHEAD:
             return Refusal(f"rank {rank} asks for step {request.step} while plans end at {stop}")

@@ -20,7 +20,7 @@ from adarun.control.tuner import Tuner
 from adarun.errors import AdarunError
 from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
 from adarun.hub import Hub
-from adarun.policies import Tuning, keep, load
+from adarun.policies import Tuning, keep, load, read_table, table_path
 from adarun.runlog import RunLog
 from adarun.summary import summary
 
@@ -57,6 +57,8 @@ class Recording:
             "settings": tuning.names if tuning else [],
             "policy": tuning.policy if tuning else None,
             "seed": tuning.seed if tuning else None,
+            "epochs": tuning.num_epochs if tuning else None,
+            "learned": read_table(table_path()) if tuning and tuning.policy == "qlearning" else None,
             "started": time.time(),
         }
         self._runlog = open_log(runs_dir, name, about)

@@ -239,7 +239,7 @@ class Attached(Message, frozen=True, tag="attached"):
 
 
 class Asked(Message, frozen=True, tag="asked"):
-    """A worker asked for its first plan, or now says otherwise why the split must stay even: without it no plan can be repeated."""
+    """A worker asked for its first plan, or gives another reason to stay even: without these no plan can be repeated."""
 
     rank: int
     step: int

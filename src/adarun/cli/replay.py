@@ -35,7 +35,9 @@ def replay(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]", help="Which run.", show_default=False)] = None,
     runs_dir: Annotated[
         Path,
-        typer.Option("--runs-dir", help="Folder with the logs of the runs.", envvar="ADARUN_RUNS_DIR", show_envvar=False),
+        typer.Option(
+            "--runs-dir", help="Folder with the logs of the runs.", envvar="ADARUN_RUNS_DIR", show_envvar=False
+        ),
     ] = Path("runs"),
     what_if: Annotated[
         str,
@@ -71,7 +73,9 @@ def replay(
     if import_ and not names:
         raise UsageError("--import needs the file to import")
     if import_ and (check or trace or compare):
-        raise UsageError("what is imported holds no decisions and no moments: --check, --trace and --compare need a run")
+        raise UsageError(
+            "what is imported holds no decisions and no moments: --check, --trace and --compare need a run"
+        )
     if compare:
         print_comparison(names, runs_dir)
     elif check:

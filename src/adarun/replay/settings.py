@@ -1,7 +1,7 @@
 """What a run with settings to choose among (`--tune`, or how the workers synchronise) would have done under another policy.
 
 Off-policy estimates weigh what was measured by how likely the other policy was to choose the same. SNIPS: Swaminathan and
-Joachims, "The Self-Normalized Estimator for Counterfactual Learning", NIPS 2015. Doubly robust: Dudik, Langford and Li, ICML 2011.
+Joachims, "The Self-Normalized Estimator for Counterfactual Learning", NIPS 2015. Doubly robust: Dudik et al., ICML 2011.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ def predict(directory: Path, run: Run, name: str) -> Prediction:
         return unchanged(run, name, "no whole lap was measured")
     left = [setting for setting in names if setting in measured]
     lap = Lap(run, sum(sum(1.0 / rate for rate in rates) for rates in measured.values()), num_laps)
-    plays = [play(lap, left, measured, lambda: target({**about, "settings": left}, name), seed) for seed in range(NUM_RUNS)]
+    plays = [
+        play(lap, left, measured, lambda: target({**about, "settings": left}, name), seed) for seed in range(NUM_RUNS)
+    ]
     recorded = lap.recorded_seconds
     times = [seconds for seconds, _ in plays]
     mean = fmean(times)
@@ -315,5 +317,3 @@ def step_event(step: int, samples: int, seconds: float, now: float) -> Step:
         update=0.0,
         ended=now,
     )
-
-

@@ -76,7 +76,7 @@ class Group:
         self._pending.append(reports)
         rows = np.concatenate(self._pending)
         rows = rows[np.lexsort((rows[:, RANK], rows[:, STEP]))]
-        _, first, counts = np.unique(rows[:, STEP], return_index=True, return_counts=True)
+        _, counts = np.unique(rows[:, STEP], return_counts=True)
         complete = np.repeat(counts == len(self.ranks), counts)
         whole = rows[complete].reshape(-1, len(self.ranks), NUM_FIELDS)
         rest = rows[~complete]

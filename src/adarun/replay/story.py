@@ -56,7 +56,7 @@ class Parts(msgspec.Struct, frozen=True):
     @property
     def whole(self) -> float:
         """All of it."""
-        return sum(getattr(self, name) for name in self.__struct_fields__)
+        return float(sum(getattr(self, name) for name in self.__struct_fields__))
 
 
 class WorkerStory(msgspec.Struct, frozen=True):
@@ -326,7 +326,9 @@ class Teller:
         starting = max(0.0, self._between_steps(seconds) - restarts)
         busy = {rank: (total[1] + total[2]) / max(1.0, total[0]) for rank, total in totals.items()}
         return [
-            self._worker(rank, steps[rank], shares[rank], totals[rank], slowness(busy, rank), starting, restarts, seconds)
+            self._worker(
+                rank, steps[rank], shares[rank], totals[rank], slowness(busy, rank), starting, restarts, seconds
+            )
             for rank in ranks
         ]
 

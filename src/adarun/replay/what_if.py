@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from adarun.control.controller import Controller
 from adarun.control.planner import Planner, Settings
@@ -26,6 +27,7 @@ from adarun.runlog import Skipped, read_about, read_batches
 from adarun.simulate.job import measured
 from adarun.state import OUTLIER_RATIO, OUTLIER_SECONDS
 
+Shares = npt.NDArray[Any]
 BASES = ("recorded", "even", "adapt", "static", "oracle")
 # Error bars: so many draws of the fixed parts, over so many steps at most, and blocks of so many steps for what is left.
 NUM_DRAWS, MAX_DRAWN_STEPS, BLOCK_STEPS = 100, 20_000, 20
@@ -85,6 +87,7 @@ class Recorded:
     # What of a step is not the slowest worker's busy time.
     rest_s: Floats
     counted: Floats
+    batch_s: Ints  # of all workers together
     fixed: Floats  # each worker's fixed part, 0 to 1, at the share that it had; shape (workers,)
     fixed_error: Floats
     started: WorkersStarted
@@ -97,7 +100,7 @@ class Recorded:
         seconds: Floats = (self.busy + self.extra).max(axis=1) + self.rest_s
         return seconds
 
-    def scale(self, shares: Ints | Floats, fixed: Floats | None = None) -> Floats:
+    def scale(self, shares: Shares, fixed: Floats | None = None) -> Floats:
         """The busy times under other shares, shape (steps, workers)."""
         part = self.fixed if fixed is None else fixed
         scaled: Floats = self.busy * (part + (1.0 - part) * shares / self.samples) + self.extra
@@ -112,6 +115,7 @@ class Recorded:
             extra=self.extra[rows],
             rest_s=self.rest_s[rows],
             counted=self.counted[rows],
+            batch_s=self.batch_s[rows],
         )
 
 
@@ -132,9 +136,7 @@ class Recorder(Teller):
         if isinstance(event, WorkersStarted):
             self.workers_started.append(event)
         elif isinstance(event, Asked | Notice | Resources) and self.heard:
-            # Asking is part of what is repeated; only a reason to stay even is not.
-            if not isinstance(event, Asked) or event.frozen:
-                self.heard[-1].append((self.num_reports // max(1, len(self.groups[-1].ranks)), event))
+            self.heard[-1].append((self.num_reports // max(1, len(self.groups[-1].ranks)), event))
 
 
 @dataclass
@@ -186,7 +188,8 @@ def recorded_group(recorder: Recorder, number: int) -> Recorded:
     steps = steps[np.argsort(steps[:, 0, STEP], kind="stable")]
     samples = np.maximum(1, samples_of(steps))
     whole = steps[:, :, DATA : UPDATE + 1].sum(axis=2) - steps[:, :, WAIT]
-    regular = whole - np.where(steps[:, :, COUNTED] > 0.0, 0.0, steps[:, :, UPDATE])
+    # The optimizer, and what the script does between two steps, takes no longer for a larger share.
+    regular = whole - steps[:, :, UPDATE]
     # As in a window: what is longer than this holds something else than training.
     busy = np.minimum(regular, np.maximum(OUTLIER_SECONDS, OUTLIER_RATIO * np.median(regular, axis=0)))
     seconds_s = (whole + steps[:, :, WAIT]).mean(axis=1)
@@ -194,6 +197,7 @@ def recorded_group(recorder: Recorder, number: int) -> Recorded:
     if controller is None or controller.model.common <= 0.0 or not controller.actual_seconds:
         controller = fitted(busy, samples, seconds_s)
     part, error = controller.model.fixed_part()
+    update = 1.0 - float(np.median(regular.sum(axis=1) / whole.sum(axis=1)))
     started = recorder.workers_started[number] if number < len(recorder.workers_started) else begun(group.ranks)
     return Recorded(
         samples=samples,
@@ -201,8 +205,9 @@ def recorded_group(recorder: Recorder, number: int) -> Recorded:
         extra=whole - busy,
         rest_s=seconds_s - whole.max(axis=1),
         counted=steps[:, :, COUNTED],
-        fixed=np.clip(part, 0.0, 0.95),
-        fixed_error=error,
+        batch_s=samples.sum(axis=1),
+        fixed=np.clip((part - update) / (1.0 - update), 0.0, 0.95),
+        fixed_error=error / (1.0 - update),
         started=started,
         heard=recorder.heard[number],
     )
@@ -351,7 +356,7 @@ def step_times(busy: Floats, rest_s: Floats, sync_period: int) -> Floats:
     return np.repeat(blocks / lengths, lengths)
 
 
-def error_of(group: Recorded, shares: Ints | Floats, sync_period: int, taken: Floats, rng: np.random.Generator) -> float:
+def error_of(group: Recorded, shares: Shares, sync_period: int, taken: Floats, rng: np.random.Generator) -> float:
     """How far off the steps' time may be, relative: the fixed parts are not known, and other steps have other noise."""
     rows = np.arange(0, len(taken), max(1, len(taken) // MAX_DRAWN_STEPS))
     few, few_shares = group.rows(rows), np.broadcast_to(shares, group.samples.shape)[rows]
@@ -371,41 +376,31 @@ def error_of(group: Recorded, shares: Ints | Floats, sync_period: int, taken: Fl
 Split = tuple[Any, list[int], int]
 
 
-def as_recorded(group: Recorded, question: Question, _about: dict[str, Any]) -> Split:
+def as_recorded(group: Recorded, _question: Question, _about: dict[str, Any]) -> Split:
     """The shares that there were."""
-    usual = usual_rows(group, question)
+    usual = usual_rows(group, group.samples)
     changes = int((np.diff(usual, axis=0) != 0).any(axis=1).sum())
     return group.samples, usual[-1].tolist(), changes
 
 
-def usual_rows(group: Recorded, question: Question, shares: Ints | None = None) -> Ints:
+def usual_rows(group: Recorded, shares: Ints) -> Ints:
     """The shares of the steps with the usual batch: the last one of an epoch may be smaller."""
-    batches = totals(group, question)
-    rows: Ints = (group.samples if shares is None else shares)[batches == np.bincount(batches).argmax()]
+    rows: Ints = shares[group.batch_s == np.bincount(group.batch_s).argmax()]
     return rows
 
 
-def totals(group: Recorded, question: Question) -> Ints:
-    """The global batch of each step; the samples of a dropped worker are there still."""
-    if not question.dropped:
-        whole: Ints = group.samples.sum(axis=1)
-        return whole
-    share = group.samples.sum(axis=1)
-    lost = len(question.dropped) / (len(question.dropped) + group.samples.shape[1])
-    return np.round(share / (1.0 - lost)).astype(np.int64)
-
-
-def in_proportion(group: Recorded, question: Question, weights: Sequence[int]) -> Ints:
+def in_proportion(group: Recorded, weights: Sequence[int]) -> Ints:
     """Each step's batch cut in proportion to some weights."""
-    sizes, which = np.unique(totals(group, question), return_inverse=True)
-    table = np.array([apportion(weights, max(int(size), len(weights))) for size in sizes])
-    return table[which]
+    sizes, which = np.unique(group.batch_s, return_inverse=True)
+    table: Ints = np.array([apportion(weights, max(int(size), len(weights))) for size in sizes])
+    rows: Ints = table[which]
+    return rows
 
 
-def evenly(group: Recorded, question: Question, _about: dict[str, Any]) -> Split:
+def evenly(group: Recorded, _question: Question, _about: dict[str, Any]) -> Split:
     """Equal shares."""
-    shares = in_proportion(group, question, [1] * group.samples.shape[1])
-    return shares, usual_rows(group, question, shares)[-1].tolist(), 0
+    shares = in_proportion(group, [1] * group.samples.shape[1])
+    return shares, usual_rows(group, shares)[-1].tolist(), 0
 
 
 def as_given(group: Recorded, question: Question, _about: dict[str, Any]) -> Split:
@@ -414,8 +409,8 @@ def as_given(group: Recorded, question: Question, _about: dict[str, Any]) -> Spl
         raise UsageError(
             f"--what-if {question.name}: give a positive number for each of the {group.samples.shape[1]} workers"
         )
-    shares = in_proportion(group, question, question.shares)
-    return shares, usual_rows(group, question, shares)[-1].tolist(), 0
+    shares = in_proportion(group, question.shares)
+    return shares, usual_rows(group, shares)[-1].tolist(), 0
 
 
 def lines(group: Recorded) -> tuple[Floats, Floats]:
@@ -423,10 +418,10 @@ def lines(group: Recorded) -> tuple[Floats, Floats]:
     return group.busy * group.fixed + group.extra, group.busy * (1.0 - group.fixed) / group.samples
 
 
-def clairvoyant(group: Recorded, question: Question, _about: dict[str, Any]) -> Split:
+def clairvoyant(group: Recorded, _question: Question, _about: dict[str, Any]) -> Split:
     """For each step the split that is best for it, as if it were known beforehand: a bound, so shares need not be whole."""
     none, per_sample = lines(group)
-    batch = totals(group, question).astype(np.float64)
+    batch = group.batch_s.astype(np.float64)
     active = np.ones(none.shape, dtype=np.bool_)
     for _ in range(none.shape[1]):
         rate = np.where(active, 1.0 / np.maximum(per_sample, 1e-15), 0.0)
@@ -438,26 +433,27 @@ def clairvoyant(group: Recorded, question: Question, _about: dict[str, Any]) -> 
     return shares, [], 0
 
 
-def best_static(group: Recorded, question: Question, _about: dict[str, Any]) -> Split:
+def best_static(group: Recorded, _question: Question, _about: dict[str, Any]) -> Split:
     """The fixed split that is best in hindsight."""
     few = group.rows(np.arange(0, len(group.busy), max(1, len(group.busy) // MAX_SEARCHED_STEPS)))
-    batch = float(np.median(totals(group, question)))
-    weights = search_static(*lines(few), few.rest_s, batch)
-    sizes = totals(group, question).astype(np.float64)
+    batch = float(np.median(group.batch_s))
+    weights = search_static(*lines(few), batch)
+    sizes = group.batch_s.astype(np.float64)
     shares = sizes[:, None] * weights
     whole = apportion([max(1, round(weight * 1e6)) for weight in weights.tolist()], max(int(batch), len(weights)))
     # Small batches cannot be cut so finely; large ones nearly can.
     return shares, whole, 0
 
 
-def search_static(none: Floats, per_sample: Floats, rest_s: Floats, batch: float) -> Floats:
+def search_static(none: Floats, per_sample: Floats, batch: float) -> Floats:
     """The proportions for which the steps' longest times are shortest together.
 
     The maximum is smoothed, ever less; where it is minimal, a sample more costs the same in every worker.
     """
     weights = 1.0 / (per_sample.mean(axis=0) + none.mean(axis=0) / batch)
     weights /= weights.sum()
-    best, best_time = weights, np.inf
+    best: Floats = weights
+    best_time = np.inf
     scale = float((none + per_sample * weights * batch).max(axis=1).mean())
     for sharpness in SHARPNESS:
         for turn in range(SEARCH_STEPS):
@@ -478,7 +474,7 @@ def search_static(none: Floats, per_sample: Floats, rest_s: Floats, batch: float
 def adapted(group: Recorded, question: Question, about: dict[str, Any]) -> Split:
     """What adarun would have decided: a live planner sees the steps as they would have been."""
     num_steps, num_workers = group.samples.shape
-    batches = totals(group, question)
+    batches = group.batch_s
     usual = int(np.bincount(batches).argmax())
     settings = Settings(adapt="on", window=about.get("window", 0), max_share=about.get("max_share", 0))
     planner, heard = Planner(settings), list(group.heard)

@@ -13,8 +13,8 @@ import msgspec
 from adarun.replay.story import Story
 from adarun.replay.what_if import Estimate, Prediction
 
-HEAD = ("plan", "attempt", "start", "steps", "began", "ended", "rank", "share", "step_seconds", "busy_seconds")
-HEAD += ("waiting_seconds", "communication_seconds", "samples_per_second")
+HEAD = ["plan", "attempt", "start", "steps", "began", "ended", "rank", "share", "step_seconds", "busy_seconds"]
+HEAD += ["waiting_seconds", "communication_seconds", "samples_per_second"]
 
 
 def as_json(story: Story, made: Sequence[Prediction], estimated: Sequence[Estimate]) -> str:

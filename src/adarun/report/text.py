@@ -81,7 +81,9 @@ def over_time(story: Story) -> list[Text]:
         low, high = min(values), max(values)
         scale = f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
         drawn.append(Text(f"  {name:>9}  {bars(line)}  {scale}"))
-    drawn.append(Text(f"  {'':>9}  {seconds(began)}{seconds(ended):>{max(1, COLUMNS - len(seconds(began)))}}", style="dim"))
+    drawn.append(
+        Text(f"  {'':>9}  {seconds(began)}{seconds(ended):>{max(1, COLUMNS - len(seconds(began)))}}", style="dim")
+    )
     return drawn
 
 
@@ -145,7 +147,9 @@ def holding_up(story: Story) -> list[str]:
 def outcome(story: Story) -> list[str]:
     """What the shares brought over the even split, or why they stayed even."""
     if story.gain is not None and story.gain_error is not None:
-        return [f"  estimated gain over the even split: {signed(story.gain)} (give or take {percent(story.gain_error)})"]
+        return [
+            f"  estimated gain over the even split: {signed(story.gain)} (give or take {percent(story.gain_error)})"
+        ]
     return [f"  shares stayed even: {story.why_even}"] if story.windows else []
 
 
@@ -248,7 +252,9 @@ def comparison(one: Story, other: Story) -> Table:
         row(words, getattr(one.parts, name), getattr(other.parts, name), " s")
     row("changes", len(one.changes), len(other.changes), digits=0)
     table.add_row("  gain over even", *(signed(s.gain) if s.gain is not None else "-" for s in (one, other)), "")
-    table.add_row("  last shares", *(",".join(str(w.share) for w in s.workers[:MOST_WORKERS]) for s in (one, other)), "")
+    table.add_row(
+        "  last shares", *(",".join(str(w.share) for w in s.workers[:MOST_WORKERS]) for s in (one, other)), ""
+    )
     table.add_row("  straggler", *(f"rank {s.straggler.rank}" if s.straggler else "none" for s in (one, other)), "")
     return table
 

@@ -134,7 +134,8 @@ def read_batches(directory: Path, skipped: Skipped) -> Iterator[list[Logged]]:
     with file:
         for lines in whole_lines(file, skipped):
             batch = decode(decoder, lines, skipped)
-            for event in batch:
+            # It is the first line; should that be torn, there is no other.
+            for event in batch[:1]:
                 if type(event) is RunStarted and event.schema > SCHEMA_VERSION:
                     raise AdarunError(
                         f"{path} was written by a newer adarun (schema {event.schema}); update adarun to read it"

@@ -6,6 +6,8 @@ be running. With --compare give two, with --import the file to import.
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -32,7 +34,7 @@ class Format(str, Enum):
 
 
 def replay(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]", help="Which run.", show_default=False)] = None,
+    runs: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Which run.", show_default=False)] = None,
     runs_dir: Annotated[
         Path,
         typer.Option(
@@ -76,12 +78,17 @@ def replay(
         raise UsageError(
             "what is imported holds no decisions and no moments: --check, --trace and --compare need a run"
         )
-    if compare:
-        print_comparison(names, runs_dir)
-    elif check:
-        print_check(names, runs_dir)
-    else:
-        tell(names, runs_dir, what_if, html, trace, json=json, csv=csv, foreign=import_ is not None)
+    try:
+        if compare:
+            print_comparison(names, runs_dir)
+        elif check:
+            print_check(names, runs_dir)
+        else:
+            tell(names, runs_dir, what_if, html, trace, json=json, csv=csv, foreign=import_ is not None)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough; Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell(
@@ -96,14 +103,19 @@ def tell(
     foreign: bool,
 ) -> None:
     """Everything about one run."""
-    from adarun import runlog  # noqa: PLC0415 - numpy and rich take time, which --help need not
-    from adarun.replay import story as stories  # noqa: PLC0415
+    # numpy and rich take time, which --help need not wait for.
+    from adarun import runlog
+    from adarun.replay import story as stories
 
+    if what_if:
+        from adarun.replay.what_if import parse
+
+        parse(what_if)  # what means nothing is refused before anything is printed
     directory = Path(names[0]) if foreign else runlog.find(names[0] if names else "", runs_dir)
     questions = what_if or (PAGE_QUESTIONS if html else "")
     run: Run | None = None
     if foreign:
-        from adarun.replay.foreign import import_csv  # noqa: PLC0415
+        from adarun.replay.foreign import import_csv
 
         run = import_csv(directory)
         story = run.story
@@ -111,22 +123,22 @@ def tell(
     else:
         story = stories.tell(directory)
     if not json and not csv:
-        from adarun.report.text import story_text  # noqa: PLC0415
+        from adarun.report.text import story_text
 
         show(story_text(story, str(directory)))
     made, estimated = predictions(directory, questions, run, required=bool(what_if), foreign=foreign)
     if json or csv:
-        from adarun.report import tables  # noqa: PLC0415
+        from adarun.report import tables
 
         sys.stdout.write(tables.as_json(story, made, estimated) if json else tables.as_csv(story))
     else:
         show_answers(made, estimated)
     if html:
-        from adarun.report.html import page  # noqa: PLC0415
+        from adarun.report.html import page
 
         write(html, page(story, made, estimated))
     if trace:
-        from adarun.report.trace import write_trace  # noqa: PLC0415
+        from adarun.report.trace import write_trace
 
         try:
             write_trace(directory, trace)
@@ -140,7 +152,7 @@ def predictions(
     """The answers to what was asked; where only the page asks, what cannot be answered is left out."""
     if not questions:
         return [], []
-    from adarun.replay import settings, what_if  # noqa: PLC0415
+    from adarun.replay import settings, what_if
 
     asked = what_if.parse(questions)
     try:
@@ -161,8 +173,8 @@ def predictions(
 
 def print_check(names: list[str], runs_dir: Path) -> None:
     """Repeat a run's decisions."""
-    from adarun import runlog  # noqa: PLC0415
-    from adarun.replay.check import check  # noqa: PLC0415
+    from adarun import runlog
+    from adarun.replay.check import check
 
     directory = runlog.find(names[0] if names else "", runs_dir)
     print(f"{directory.name}: {check(directory)} decisions, all the same when repeated")
@@ -170,9 +182,9 @@ def print_check(names: list[str], runs_dir: Path) -> None:
 
 def print_comparison(names: list[str], runs_dir: Path) -> None:
     """Two runs side by side."""
-    from adarun import runlog  # noqa: PLC0415
-    from adarun.replay.story import tell as story_of  # noqa: PLC0415
-    from adarun.report.text import comparison  # noqa: PLC0415
+    from adarun import runlog
+    from adarun.replay.story import tell as story_of
+    from adarun.report.text import comparison
 
     one, other = (story_of(runlog.find(name, runs_dir)) for name in names)
     show(comparison(one, other))
@@ -180,7 +192,7 @@ def print_comparison(names: list[str], runs_dir: Path) -> None:
 
 def show_answers(made: list[Prediction], estimated: list[Estimate]) -> None:
     """The tables of what would have been."""
-    from adarun.report.text import estimates_table, what_if_table  # noqa: PLC0415
+    from adarun.report.text import estimates_table, what_if_table
 
     if made:
         show("", what_if_table(made))
@@ -197,8 +209,10 @@ def show(*what: RenderableType) -> None:
 
 def console() -> Console:
     """Where reports go."""
-    from rich.console import Console as Rich  # noqa: PLC0415
+    from rich.console import Console as Rich
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where a terminal has no bars, it shows question marks
     return Rich(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 

@@ -24,7 +24,7 @@ UNPLANNED_STEPS = 20
 # Reports that wait for another worker's of the same step; beyond so many that one is taken to be lost.
 MAX_PENDING = 200_000
 # What is summed up for each worker and window.
-SUMS = ("samples", "data", "compute", "other", "waiting", "communication", "adarun")
+SUMS = ("samples", "data", "compute", "other", "waiting", "communication")
 
 
 def table(reports: Sequence[Step]) -> Floats:
@@ -46,6 +46,16 @@ class WindowSums:
     seconds: float = 0.0
     began: float = np.inf
     ended: float = 0.0
+    # What each worker took to get the first batch, if it may have waited for the plan in doing so.
+    first_data: Floats | None = None
+
+    def asking(self) -> Floats:
+        """What each worker waited for the plan, as far as it can be told: what its first batch took longer than the others."""
+        if self.first_data is None or self.num_steps < 2:
+            return np.zeros(self.sums.shape[1])
+        usual = (self.sums[1] - self.first_data) / (self.num_steps - 1)
+        waited: Floats = np.maximum(0.0, self.first_data - usual)
+        return waited
 
 
 @dataclass
@@ -61,6 +71,7 @@ class Group:
     state: str = ""
     ended: float = 0.0
     num_incomplete: int = 0
+    _by_plan: dict[int, WindowSums] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _plans: list[tuple[int, list[int]]] = field(default_factory=list)
     _pending: list[Floats] = field(default_factory=list)
@@ -91,6 +102,7 @@ class Group:
         """No more reports will come: steps that not all workers have reported stay out."""
         self.num_incomplete += sum(map(len, self._pending))
         self._pending = []
+        self.windows.sort(key=lambda window: window.start)
 
     def steps(self) -> Floats:
         """The steps that were kept, shape (steps, workers, fields)."""
@@ -104,50 +116,46 @@ class Group:
             window = np.maximum(0, np.searchsorted(self._starts, numbers, side="right") - 1)
         else:
             window = numbers // UNPLANNED_STEPS
-        cuts = np.flatnonzero(np.diff(window)) + 1
-        for piece, number in zip(np.split(whole, cuts), window[np.concatenate([[0], cuts])].tolist(), strict=True):
-            self._add_to(self._window(number, piece), piece)
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(window)) + 1])
+        seconds = whole[:, :, DATA : UPDATE + 1].sum(axis=2)
+        # One row a window for everything: windows are many in a long log, and each call of numpy takes microseconds.
+        sums = np.add.reduceat(columns(whole), starts)
+        lengths = np.add.reduceat(seconds.mean(axis=1), starts).tolist()
+        began = np.minimum.reduceat((whole[:, :, ENDED] - seconds).min(axis=1), starts).tolist()
+        ended = np.maximum.reduceat(whole[:, :, ENDED].max(axis=1), starts).tolist()
+        counts = np.diff(np.append(starts, len(whole))).tolist()
+        for piece, start in enumerate(starts.tolist()):
+            target = self._window(int(window[start]), whole[start])
+            first = target.num_steps == 0 and target.start > 0 and int(numbers[start]) == target.start
+            target.sums += sums[piece]
+            if first:
+                target.first_data = whole[start, :, DATA]
+            target.num_steps += counts[piece]
+            target.seconds += lengths[piece]
+            target.began = min(target.began, began[piece])
+            target.ended = max(target.ended, ended[piece])
 
-    def _window(self, number: int, piece: Floats) -> WindowSums:
+    def _window(self, number: int, step: Floats) -> WindowSums:
         if self._plans:
             (plan, shares), start = self._plans[number], self._starts[number]
         else:
-            plan, start, shares = number, number * UNPLANNED_STEPS, piece[0, :, SAMPLES].astype(np.int64).tolist()
-        # Newest first: a step that was completed late belongs to one of the last.
-        for window in reversed(self.windows):
-            if window.plan == plan:
-                return window
-            if window.plan < plan:
-                break
-        made = WindowSums(plan, start, shares, np.zeros((len(SUMS), len(self.ranks))))
-        self.windows.append(made)
-        return made
+            plan, start, shares = number, number * UNPLANNED_STEPS, step[:, SAMPLES].astype(np.int64).tolist()
+        if plan not in self._by_plan:
+            made = WindowSums(plan, start, shares, np.zeros((len(SUMS), len(self.ranks))))
+            self._by_plan[plan] = made
+            self.windows.append(made)
+        return self._by_plan[plan]
 
-    def _add_to(self, window: WindowSums, piece: Floats) -> None:
-        wait = piece[:, :, WAIT]
-        # What even the worker who waits least waits is communication; what the others wait more is for slower workers.
-        communication = wait.min(axis=1, keepdims=True)
-        counted = piece[:, :, COUNTED] > 0.0
-        other = np.where(counted, 0.0, piece[:, :, UPDATE])
-        data = piece[:, :, DATA].sum(axis=0)
-        asking = np.zeros(len(self.ranks))
-        if window.num_steps == 0 and window.start > 0 and int(piece[0, 0, STEP]) == window.start and len(piece) > 1:
-            # A worker that waits for a plan does so in asking for its first batch.
-            asking = np.maximum(0.0, piece[0, :, DATA] - np.median(piece[1:, :, DATA], axis=0))
-        window.sums += [
-            piece[:, :, SAMPLES].sum(axis=0),
-            data - asking,
-            (piece[:, :, FORWARD] + piece[:, :, BACKWARD] + piece[:, :, UPDATE] - other).sum(axis=0),
-            other.sum(axis=0),
-            (wait - communication).sum(axis=0),
-            np.broadcast_to(communication, wait.shape).sum(axis=0),
-            asking,
-        ]
-        seconds = piece[:, :, DATA : UPDATE + 1].sum(axis=2)
-        window.num_steps += len(piece)
-        window.seconds += float(seconds.mean(axis=1).sum())
-        window.began = min(window.began, float((piece[:, :, ENDED] - seconds).min()))
-        window.ended = max(window.ended, float(piece[:, :, ENDED].max()))
+
+def columns(whole: Floats) -> Floats:
+    """For each step what is summed up, shape (steps, sums, workers)."""
+    wait = whole[:, :, WAIT]
+    # What even the worker who waits least waits is communication; what the others wait more is for slower workers.
+    communication = wait.min(axis=1, keepdims=True)
+    other = np.where(whole[:, :, COUNTED] > 0.0, 0.0, whole[:, :, UPDATE])
+    compute = whole[:, :, FORWARD] + whole[:, :, BACKWARD] + whole[:, :, UPDATE] - other
+    both = np.broadcast_to(communication, wait.shape)
+    return np.stack([whole[:, :, SAMPLES], whole[:, :, DATA], compute, other, wait - communication, both], axis=1)
 
 
 def samples_of(steps: Floats) -> Ints:

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from adarun.control.controller import Controller
+from adarun.control.split import Floats
 from adarun.errors import AdarunError
 from adarun.events import (
     Decision,
@@ -169,13 +170,16 @@ class Teller:
         self.groups: list[Group] = []
         self.started: RunStarted | None = None
         self.ended: RunEnded | None = None
-        self.controller: Controller | None = None
         self.num_events = 0
         # Reports of the present worker group so far.
         self.num_reports = 0
+        # Where in the batch the reports begin that no group has been given yet.
+        self._first_new = 0
         self._keep = keep_steps
         self._newest = 0.0
         self._windows: list[Window] = []
+        # Sizes of worker groups, and the windows under them.
+        self._measured: list[int | Window] = []
         self._decisions: list[tuple[int, int, Decision]] = []
         self._tuned: list[Tuned] = []
         self._paced: list[Paced] = []
@@ -189,19 +193,21 @@ class Teller:
     def see(self, batch: Sequence[Logged]) -> None:
         """Take in some events."""
         self.num_events += len(batch)
-        reports: list[Step] = []
-        for event in batch:
-            if type(event) is Step:
-                reports.append(event)
-                self.num_reports += 1
-            else:
-                if isinstance(event, WorkersStarted):
-                    self._take(reports)
-                    reports = []
-                self._see(event)
-        self._take(reports)
+        taken = 0
+        for number in [number for number, event in enumerate(batch) if type(event) is not Step]:
+            event = batch[number]
+            self.num_reports += number - taken
+            if isinstance(event, WorkersStarted):
+                self._take(batch[self._first_new : number])
+                self._first_new = number
+            self._see(event)
+            taken = number + 1
+        self.num_reports += len(batch) - taken
+        self._take(batch[self._first_new :])
+        self._first_new = 0
 
-    def _take(self, reports: list[Step]) -> None:
+    def _take(self, batch: Sequence[Logged]) -> None:
+        reports = [event for event in batch if type(event) is Step]
         if reports and not self.groups:
             self._begin(0, sorted({report.rank for report in reports}), reports[0].ended - reports[0].seconds)
         if reports:
@@ -220,7 +226,8 @@ class Teller:
             if self.groups:
                 self.groups[-1].plan(event.number, event.start, event.shares)
         elif isinstance(event, Window):
-            self._learn(event)
+            self._windows.append(event)
+            self._measured.append(event)
         elif isinstance(event, Decision):
             self._decisions.append((len(self._windows), self._plans[-1].stop if self._plans else 0, event))
         elif isinstance(event, Tuned):
@@ -230,8 +237,7 @@ class Teller:
         elif isinstance(event, WorkersStarted):
             self._begin(event.attempt, event.ranks, event.at)
             self._num_nodes = event.num_nodes
-            if self.controller is None or len(self.controller.model.fixed) != event.world_size:
-                self.controller = Controller(event.world_size)
+            self._measured.append(event.world_size)
         elif isinstance(event, WorkersEnded) and self.groups:
             self.groups[-1].state, self.groups[-1].ended = event.state, event.at
         else:
@@ -249,12 +255,18 @@ class Teller:
         elif isinstance(event, RunEnded):
             self.ended = event
 
-    def _learn(self, window: Window) -> None:
-        self._windows.append(window)
-        controller = self.controller
-        if controller is not None and len(controller.model.fixed) == len(window.samples):
-            controller.shares = [int(share) for share in window.samples]
-            controller.learn(window)
+    def fitted(self) -> Controller | None:
+        """A controller that has learned the run's windows, as the live one had; None where there is no window."""
+        controller: Controller | None = None
+        for one in self._measured:
+            if isinstance(one, int):
+                # What was learned of the workers stays, if they are as many.
+                if controller is None or len(controller.model.fixed) != one:
+                    controller = Controller(one)
+            elif controller is not None and len(controller.model.fixed) == len(one.samples):
+                controller.shares = [int(share) for share in one.samples]
+                controller.learn(one)
+        return controller if controller is not None and controller.actual_seconds else None
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -314,12 +326,14 @@ class Teller:
 
     def _workers(self, seconds: float) -> list[WorkerStory]:
         ranks = sorted({rank for group in self.groups for rank in group.ranks})
-        totals = {rank: np.zeros(len(SUMS)) for rank in ranks}
+        totals = {rank: np.zeros(len(SUMS) + 1) for rank in ranks}
         steps, shares = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
         for group in self.groups:
             for window in group.windows:
+                asking = window.asking()
                 for column, rank in enumerate(group.ranks):
-                    totals[rank] += window.sums[:, column]
+                    totals[rank][:-1] += window.sums[:, column]
+                    totals[rank][-1] += asking[column]
                     steps[rank] += window.num_steps
                     shares[rank] = window.shares[column]
         restarts = self._retuning_seconds()
@@ -344,6 +358,7 @@ class Teller:
         seconds: float,
     ) -> WorkerStory:
         samples, data, compute, other, waiting, communication, adarun = total.tolist()
+        data -= adarun
         known = starting + restarts + data + compute + other + waiting + communication + adarun
         used = self._resources.get(rank)
         parts = Parts(
@@ -385,12 +400,12 @@ class Teller:
         return sum(max(0.0, begins - ended) for ended, begins in stops)
 
     def _gain(self) -> tuple[float | None, float | None, str]:
-        controller = self.controller
         if not self._plans:
             return None, None, "no plan was made, so nothing could be adapted"
         if all(plan.even for plan in self._plans):
             return None, None, self._plans[-1].reason
-        if controller is None or not controller.actual_seconds:
+        controller = self.fitted()
+        if controller is None:
             return None, None, "the run was too short to measure"
         return controller.even_seconds / controller.actual_seconds - 1.0, controller.gain_error, ""
 
@@ -458,7 +473,7 @@ class Teller:
 
 def told(window: WindowSums, attempt: int, began: float) -> WindowStory:
     """A window in means per step."""
-    _, data, compute, other, waiting, communication, adarun = window.sums / max(1, window.num_steps)
+    _, data, compute, other, waiting, communication = window.sums / max(1, window.num_steps)
     return WindowStory(
         plan=window.plan,
         attempt=attempt,
@@ -468,7 +483,7 @@ def told(window: WindowSums, attempt: int, began: float) -> WindowStory:
         ended=window.ended - began,
         step_seconds=window.seconds / max(1, window.num_steps),
         shares=window.shares,
-        busy=(data + compute + adarun + other).tolist(),
+        busy=(data + compute + other).tolist(),
         waiting=waiting.tolist(),
         communication=float(communication.mean()),
     )
@@ -522,43 +537,43 @@ def rates_after(later: Sequence[Tuned], tuned: Tuned) -> float | None:
 
 def find_straggler(windows: Sequence[WindowStory], ranks: Sequence[int]) -> Straggler | None:
     """The worker that was slower than the others for longest, weighed by how much; None if that hardly mattered."""
-    spans: list[tuple[float, int, list[WindowStory], list[float]]] = []
+    spans: list[tuple[float, int, list[int], Floats]] = []
     windows = [window for window in windows if len(window.shares) == len(ranks) and window.steps]
-    whole = sum(window.steps * window.step_seconds for window in windows)
+    if len(ranks) < 2 or not windows:
+        return None
+    per_sample = np.array([window.busy for window in windows]) / np.array([window.shares for window in windows])
+    lengths = np.array([window.steps * window.step_seconds for window in windows])
+    whole = float(lengths.sum())
     for column in range(len(ranks)):
-        current: list[WindowStory] = []
-        slow: list[float] = []
-        missed = 0
-        for window in [*windows, None]:
-            ratio = 1.0
-            if window is not None:
-                per_sample = {i: busy / window.shares[i] for i, busy in enumerate(window.busy)}
-                ratio = slowness(per_sample, column) or 1.0
-            if window is not None and ratio >= CHANGE_RATIO:
-                current.append(window)
-                slow.append(ratio)
-                missed = 0
-            elif current and (window is None or missed >= FORGIVEN_WINDOWS):
-                held = sum((s - 1.0) * w.steps * w.step_seconds for s, w in zip(slow, current, strict=True))
-                spans.append((held, column, current, slow))
-                current, slow = [], []
-            else:
-                missed += 1
+        others = np.median(np.delete(per_sample, column, axis=1), axis=1)
+        slow = per_sample[:, column] / np.maximum(others, 1e-15)
+        for span in spans_of(np.flatnonzero(slow >= CHANGE_RATIO).tolist()):
+            spans.append((float(((slow - 1.0) * lengths)[span].sum()), column, span, slow[span]))
     if not spans:
         return None
-    held, column, during, slow = max(spans, key=lambda span: span[0])
+    held, column, span, slow = max(spans, key=lambda one: one[0])
     # One window among several may be chance.
-    if held < WORTH_TELLING * whole or len(during) < min(2, len(windows)):
+    if held < WORTH_TELLING * whole or len(span) < min(2, len(windows)):
         return None
-    weights = [window.steps for window in during]
-    last = max(window.ended for window in windows)
+    during = [windows[number] for number in span]
     return Straggler(
         rank=ranks[column],
-        slow=float(np.average(slow, weights=weights)),
+        slow=float(np.average(slow, weights=[window.steps for window in during])),
         since=during[0].began,
         since_step=during[0].start,
-        until=None if during[-1].ended >= last - 1e-9 else during[-1].ended,
+        until=None if span[-1] == len(windows) - 1 else during[-1].ended,
     )
+
+
+def spans_of(numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers that follow one another, or nearly so, together."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number - spans[-1][-1] <= 1 + FORGIVEN_WINDOWS:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return spans
 
 
 def tell(directory: Path) -> Story:

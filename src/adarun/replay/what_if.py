@@ -193,8 +193,8 @@ def recorded_group(recorder: Recorder, number: int) -> Recorded:
     # As in a window: what is longer than this holds something else than training.
     busy = np.minimum(regular, np.maximum(OUTLIER_SECONDS, OUTLIER_RATIO * np.median(regular, axis=0)))
     seconds_s = (whole + steps[:, :, WAIT]).mean(axis=1)
-    controller = recorder.controller
-    if controller is None or controller.model.common <= 0.0 or not controller.actual_seconds:
+    controller = recorder.fitted()
+    if controller is None or len(controller.model.fixed) != len(group.ranks):
         controller = fitted(busy, samples, seconds_s)
     part, error = controller.model.fixed_part()
     update = 1.0 - float(np.median(regular.sum(axis=1) / whole.sum(axis=1)))

@@ -30,7 +30,8 @@ PARTS = {
 
 def story_text(story: Story, log: str) -> Group:
     """The whole story."""
-    blocks: list[RenderableType] = [Text(f"{story.run or log}: {' '.join(story.command)}", style="bold", no_wrap=True)]
+    title = printable(f"{story.run or log}: {' '.join(story.command)}")
+    blocks: list[RenderableType] = [Text(title, style="bold", no_wrap=True, overflow="ellipsis")]
     blocks += [Text(line) for line in headlines(story)]
     if story.windows:
         blocks += [Text(), Text("where the time went, mean of the workers"), parts_line(story.parts)]
@@ -41,6 +42,11 @@ def story_text(story: Story, log: str) -> Group:
         blocks += [Text(f"  {line}", overflow="fold") for line in shortened(changes_lines(story.changes), MOST_CHANGES)]
     blocks += [Text(f"  {line}") for line in trouble(story)]
     return Group(*blocks, Text(f"  log: {log}"))
+
+
+def printable(text: str) -> str:
+    """Text from a script without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def headlines(story: Story) -> list[str]:
@@ -161,12 +167,23 @@ def changes_lines(changes: Sequence[Change]) -> list[str]:
 def change_line(change: Change) -> str:
     """One change."""
     where = f"{seconds(change.at)}" + (f" (step {change.step})" if change.step >= 0 else "")
-    line = f"{where}: {change.before} -> {change.after}; {change.reason}"
+    line = printable(f"{where}: {before_and_after(change)}; {change.reason}")
     if change.expected is not None:
         line += f"; expected {signed(change.expected)}{give_or_take(change.expected_error)}"
     if change.brought is not None:
         line += f"; brought {signed(change.brought)}{give_or_take(change.brought_error)}"
     return line
+
+
+def before_and_after(change: Change) -> str:
+    """What was changed; of the shares of many workers, those that were."""
+    before, after = change.before.split(","), change.after.split(",")
+    if len(before) <= MOST_WORKERS or len(before) != len(after):
+        return f"{change.before} -> {change.after}"
+    moved = [rank for rank, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+    moved.sort(key=lambda rank: -abs(int(after[rank]) - int(before[rank])))
+    named = ", ".join(f"rank {rank}: {before[rank]} -> {after[rank]}" for rank in moved[:2])
+    return named + (f", {len(moved) - 2} more shares" if len(moved) > 2 else "")
 
 
 def trouble(story: Story) -> list[str]:
@@ -179,8 +196,8 @@ def trouble(story: Story) -> list[str]:
     if len(story.attempts) > 1:
         lines.append(f"workers were started {len(story.attempts)} times")
     lines = shortened(lines, MOST_LINES)
-    lines += shortened([f"note: {text}" for text in story.notices], MOST_LINES)
-    lines += shortened([f"refused: {text}" for text in story.refused], MOST_LINES)
+    lines += shortened([f"note: {printable(text)}" for text in story.notices], MOST_LINES)
+    lines += shortened([f"refused: {printable(text)}" for text in story.refused], MOST_LINES)
     for count, what in (
         (story.lost_reports, "reports never reached the log"),
         (story.incomplete_reports, "reports are of steps that not all workers reported"),

@@ -37,6 +37,7 @@ def trace_events(directory: Path) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "process_name", "pid": 0, "tid": CONTROL, "args": {"name": "adarun"}}
     yield {"ph": "M", "name": "thread_name", "pid": 0, "tid": CONTROL, "args": {"name": "decisions"}}
     yield {"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "workers"}}
+    ends: dict[int, float] = {}
     began, now = 0.0, 0.0
     for batch in read_batches(directory, Skipped()):
         for event in batch:
@@ -53,37 +54,31 @@ def trace_events(directory: Path) -> Iterator[dict[str, Any]]:
                         "tid": event.rank,
                         "args": {"name": f"rank {event.rank}"},
                     }
-                yield from slices(event, began)
+                # Clocks are read one after the other: a step may seem to begin a little before the last one's end.
+                yield from slices(event, began, ends.get(event.rank, 0.0))
+                ends[event.rank] = max(ends.get(event.rank, 0.0), micro(event.ended - began))
             else:
                 yield from marks(event, (at or now) - began)
 
 
-def slices(step: Step, began: float) -> Iterator[dict[str, Any]]:
-    """A step, and the phases in it."""
-    start = step.ended - step.seconds - began
-    yield {
-        "ph": "X",
-        "name": f"step {step.step}",
-        "cat": "step",
-        "pid": 1,
-        "tid": step.rank,
-        "ts": micro(start),
-        "dur": micro(step.seconds),
-        "args": {"samples": step.samples, "counted": step.counted},
-    }
+def slices(step: Step, began: float, not_before: float) -> Iterator[dict[str, Any]]:
+    """A step, and the phases in it; slices of a track must not overlap unless one is inside the other."""
+    moments = [step.ended - step.seconds - began]
     for name in PHASES:
-        seconds: float = getattr(step, name)
-        if seconds > 0.0:
-            yield {
-                "ph": "X",
-                "name": name,
-                "cat": "phase",
-                "pid": 1,
-                "tid": step.rank,
-                "ts": micro(start),
-                "dur": micro(seconds),
-            }
-        start += seconds
+        moments.append(moments[-1] + getattr(step, name))
+    end = max(not_before, micro(step.ended - began))
+    at = [min(end, max(not_before, micro(moment))) for moment in moments]
+    where = {"ph": "X", "pid": 1, "tid": step.rank}
+    args = {"samples": step.samples, "counted": step.counted}
+    yield {**where, "name": f"step {step.step}", "cat": "step", "ts": at[0], "dur": length(at[0], end), "args": args}
+    for name, start, stop in zip(PHASES, at[:-1], at[1:], strict=True):
+        if stop > start:
+            yield {**where, "name": name, "cat": "phase", "ts": start, "dur": length(start, stop)}
+
+
+def length(start: float, stop: float) -> float:
+    """Microseconds between two moments, to the nanosecond."""
+    return round(stop - start, 3)
 
 
 def marks(event: Logged, at: float) -> Iterator[dict[str, Any]]:

@@ -129,7 +129,8 @@ class Group:
             first = target.num_steps == 0 and target.start > 0 and int(numbers[start]) == target.start
             target.sums += sums[piece]
             if first:
-                target.first_data = whole[start, :, DATA]
+                # A copy: a view would keep all of these steps.
+                target.first_data = whole[start, :, DATA].copy()
             target.num_steps += counts[piece]
             target.seconds += lengths[piece]
             target.began = min(target.began, began[piece])

@@ -53,7 +53,7 @@ td:first-child, th:first-child, td.left { text-align: left } li { margin: .25rem
 [data-t] { cursor: default } [data-t]:hover { opacity: .75 }
 #tip { position: fixed; z-index: 1; max-width: 22rem; padding: .35rem .6rem; border-radius: 5px; background: #222; color: #fff;
   font-size: .85rem; pointer-events: none; white-space: pre-line; overflow-wrap: anywhere }
-@media (max-width: 34rem) { body { font-size: 14px; padding: .7rem } .row { grid-template-columns: 3.6rem 1fr } }
+@media (max-width: 34rem) { body { font-size: 14px; padding: .7rem } .row { grid-template-columns: 4.3rem 1fr } }
 @media print { body { max-width: none; padding: 0 } #tip { display: none } section { break-inside: avoid }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
 """

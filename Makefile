@@ -24,7 +24,7 @@ lint: $(VENV)/.with-dev  ## ruff and mypy
 	$(BIN)/mypy --strict
 
 smoke: $(VENV)/.with-dev  ## run every benchmark for a few seconds: do they still work?
-	@set -e; for name in slow_worker neighbour equal slow_network averaging overhead tune policies split status; do \
+	@set -e; for name in slow_worker neighbour equal slow_network averaging overhead tune policies split status replay; do \
 	  echo "benchmarks/$$name.py --smoke"; $(BIN)/python benchmarks/$$name.py --smoke; done
 
 man: $(VENV)/.with-dev  ## write man/*.1 from the command line's own definition

@@ -1,4 +1,4 @@
-"""Write man/adarun.1 and a page for each command from the command line's own definition: `make man`."""
+"""Write man/*.1 from the command line's own definition: `make man`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ STATUS_EXIT = [
 ENVIRONMENT = [
     ("NO_COLOR", "If set to anything, no colours."),
     ("XDG_RUNTIME_DIR", "Where running jobs are announced, in its folder adarun."),
+]
+
+REPLAY_STATUS = [
+    ("0", "The run was told."),
+    ("1", "There is no such run, its log cannot be read, or a decision came out otherwise."),
+    ("2", "The command line asks for what cannot be done."),
 ]
 
 FILES = [
@@ -134,7 +140,7 @@ def pages() -> dict[str, str]:
     # typer's parameters do not keep the types and defaults of the functions, which are the same in every version of it.
     callbacks: dict[str | None, Any] = {command.name: command.callback for command in app.registered_commands}
     overall: Any = app.registered_callback
-    run = commands["run"]
+    run, replay = commands["run"], commands["replay"]
     synopsis = f"{bold('adarun')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]"
     overview = {
         "SYNOPSIS": synopsis,
@@ -143,7 +149,7 @@ def pages() -> dict[str, str]:
         "OPTIONS": "\n".join(entries(options) for options in panels(group, overall.callback).values()),
         "EXIT STATUS": entries(named(EXIT_STATUS)),
         "FILES": entries(named(FILES)),
-        "SEE ALSO": f"{bold('adarun-run')}(1), {bold('adarun-status')}(1)",
+        "SEE ALSO": f"{bold('adarun-run')}(1), {bold('adarun-status')}(1), {bold('adarun-replay')}(1)",
     }
     details = {
         "SYNOPSIS": f"{synopsis}\n.br\n{bold('adarun run')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]",
@@ -151,7 +157,7 @@ def pages() -> dict[str, str]:
         **{heading.upper(): entries(options) for heading, options in panels(run, callbacks["run"]).items()},
         "ENVIRONMENT": entries(environment(run)),
         "EXIT STATUS": entries(named(EXIT_STATUS)),
-        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-status')}(1)",
+        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-status')}(1), {bold('adarun-replay')}(1)",
     }
     status = commands["status"]
     watching = {
@@ -161,12 +167,21 @@ def pages() -> dict[str, str]:
         "KEYS": entries(named(KEYS)),
         "ENVIRONMENT": entries([*environment(status), *named(ENVIRONMENT)]),
         "EXIT STATUS": entries(named(STATUS_EXIT)),
+        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-run')}(1), {bold('adarun-replay')}(1)",
+    }
+    told = {
+        "SYNOPSIS": f"{bold('adarun replay')} [\\fIoptions\\fR] [\\fIrun\\fR]",
+        "DESCRIPTION": paragraphs(replay.help),
+        **{heading.upper(): entries(options) for heading, options in panels(replay, callbacks["replay"]).items()},
+        "ENVIRONMENT": entries(environment(replay)),
+        "EXIT STATUS": entries(named(REPLAY_STATUS)),
         "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-run')}(1)",
     }
     return {
         "adarun.1": page("adarun", "torchrun that adapts to its workers", overview),
         "adarun-run.1": page("adarun-run", first_sentence(run.help), details),
         "adarun-status.1": page("adarun-status", first_sentence(status.help), watching),
+        "adarun-replay.1": page("adarun-replay", first_sentence(replay.help), told),
     }
 
 

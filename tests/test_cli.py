@@ -181,6 +181,14 @@ def test_options_of_status() -> None:
     assert [p.opts[0] for p in command.params if p.param_type_name == "option"] == STATUS
 
 
+def test_replays_options() -> None:
+    """The options of `adarun replay` are these and no others."""
+    command = typer.main.get_command(app.app).commands["replay"]
+    options = [p.opts[0] for p in command.params if p.param_type_name == "option"]
+    outputs = ["--html", "--trace", "--json", "--csv"]
+    assert options == ["--runs-dir", "--what-if", "--check", "--compare", *outputs, "--import"]
+
+
 def test_own_options_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An own option not given takes its value from ADARUN_<its name>, and means the same."""
     values = ["on", "7", "3,1;1,3", "40", "allow", "sum", "2:64", "auto", "gossip", "nesterov"]

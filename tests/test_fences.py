@@ -73,6 +73,12 @@ FENCES = [
         "importing torch takes seconds, which only a launcher or a worker may spend",
     ),
     Fence(
+        "replay",
+        lambda module: under(module, "adarun.replay", "adarun.report"),
+        lambda name: under(name, "adarun.hub", "adarun.launch", "adarun.worker"),
+        "a log is read where nothing runs, by the control's own code and nothing of a live job's",
+    ),
+    Fence(
         "cli",
         lambda module: not under(module, "adarun.cli", "adarun.__main__"),
         lambda name: under(name, "adarun.cli"),
@@ -153,6 +159,14 @@ def test_no_module_breaks_a_fence(fence: Fence) -> None:
         ("torch", "adarun.hub", "def f():\n    import torch.distributed", ["torch.distributed"]),
         ("torch", "adarun", "import importlib\nimportlib.import_module('torch')", ["torch"]),
         ("torch", "adarun.launch.agent", "import torch", []),
+        ("replay", "adarun.replay.story", "from adarun import hub", ["adarun.hub"]),
+        (
+            "replay",
+            "adarun.report.html",
+            "from adarun.launch.record import Recording",
+            ["adarun.launch.record.Recording"],
+        ),
+        ("replay", "adarun.replay", "from adarun.control.planner import Planner\nfrom adarun.runlog import read", []),
         ("cli", "adarun.hub", "from adarun.cli import app", ["adarun.cli.app"]),
         ("cli", "adarun.__main__", "from adarun.cli.app import main", []),
     ],
@@ -180,9 +194,10 @@ def loaded(program: str) -> set[str]:
         "import runpy; sys.argv = ['adarun', 'run', '--help']; runpy.run_module('adarun', run_name='__main__')",
         "import runpy; sys.argv = ['adarun', 'status', '--help']; runpy.run_module('adarun', run_name='__main__')",
         "import adarun.screen.live, adarun.screen.panel, adarun.screen.view, adarun.registry; import adarun",
+        "import runpy; sys.argv = ['adarun', 'replay', '--help']; runpy.run_module('adarun', run_name='__main__')",
         "import runpy; sys.argv = ['adarun', '--version']; runpy.run_module('adarun', run_name='__main__')",
     ],
-    ids=["import", "help", "run-help", "status-help", "screen", "version"],
+    ids=["import", "help", "run-help", "status-help", "screen", "replay-help", "version"],
 )
 def test_torch_is_not_imported(program: str) -> None:
     """Importing adarun and asking for its help never import torch, which takes seconds."""

@@ -15,6 +15,7 @@ import pytest
 from adarun.errors import AdarunError
 from adarun.events import (
     SCHEMA_VERSION,
+    Asked,
     Attached,
     Averaged,
     Decision,
@@ -46,6 +47,7 @@ EVENTS: list[Logged] = [
     RunStarted(schema=SCHEMA_VERSION, run="20260101-demo", command=["--flag", "train.py", "größe=3"], at=1.7e9 + 0.25),
     WorkersStarted(attempt=2, ranks=[0, 1], world_size=4, num_nodes=2, group_rank=1, at=1.5),
     Attached(hello=HELLO, at=2.5),
+    Asked(rank=1, step=40, frozen="BatchNorm"),
     Step(
         rank=1,
         step=7,
@@ -133,6 +135,7 @@ def test_an_event_is_one_line_of_json(tmp_path: Path) -> None:
         "run_started",
         "workers_started",
         "attached",
+        "asked",
         "step",
         "window",
         "decision",

@@ -2,6 +2,7 @@
 
 AdarunError            1    something adarun needs is not there
 ├── UsageError         2    the command line asks for what cannot be done
+├── Diverged           1    a log's decisions come out otherwise when they are repeated
 ├── WorkersFailed      1    the script failed; torch's report says where
 └── HubLost            1    raised in a worker: it can no longer know what the other workers do
     └── NotExact       1    raised in a worker: going on would not learn what torchrun would
@@ -18,6 +19,10 @@ class UsageError(AdarunError):
     """The user asked for something that cannot be; nothing was started."""
 
     exit_code = 2
+
+
+class Diverged(AdarunError):
+    """A run's log was replayed, and a decision came out otherwise."""
 
 
 class WorkersFailed(AdarunError):

@@ -354,6 +354,14 @@ class Attached(Message, frozen=True, tag="attached"):
     at: float
 
 
+class Asked(Message, frozen=True, tag="asked"):
+    """A worker asked for its first plan, or gives another reason to stay even: without these no plan can be repeated."""
+
+    rank: int
+    step: int
+    frozen: str = ""
+
+
 class Window(Message, frozen=True, tag="window"):
     """What was measured under the shares just run, one entry per rank: the controller's input."""
 
@@ -470,6 +478,7 @@ Logged = (
     RunStarted
     | WorkersStarted
     | Attached
+    | Asked
     | Step
     | Window
     | Decision

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from adarun import __version__
-from adarun.cli import run, status
+from adarun.cli import replay, run, status
 from adarun.errors import AdarunError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("run", context_settings=run.CONTEXT, help=run.__doc__)(run.run)
 app.command("status", context_settings=status.CONTEXT, help=status.__doc__)(status.status)
+app.command("replay", context_settings=replay.CONTEXT, help=replay.__doc__)(replay.replay)
 
 
 @app.callback(invoke_without_command=True)

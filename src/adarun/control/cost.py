@@ -51,6 +51,11 @@ class CostModel:
         """Busy seconds per worker for `shares`, shape (workers,)."""
         return self.fixed + self.per_sample * shares
 
+    def fixed_part(self) -> tuple[Floats, Floats]:
+        """Each worker's fixed part of its busy time where it was seen, 0 to 1, and how far off that may be."""
+        a11, a12, a22 = self._w + 1.0 / FIXED_PART_SPREAD**2, self._wk, self._wkk
+        return self.fixed * self._w / self._wy, np.sqrt(a22 / (a11 * a22 - a12 * a12))
+
     def learn(self, window: Window) -> None:
         """Take in one window."""
         k, y = np.array(window.samples), np.array(window.busy_seconds)

@@ -13,6 +13,7 @@ from adarun.control.guard import Memory
 from adarun.control.pace import AS_TORCHRUN, EXACT, Allowed, MakePolicy, Pace, Pacer
 from adarun.control.policy import Off
 from adarun.events import (
+    Asked,
     Averaged,
     Learned,
     Logged,
@@ -74,6 +75,8 @@ class Planner:
         elif isinstance(event, Averaged | Learned):
             if self.pacer is not None:
                 self.pacer.see(event)
+        elif isinstance(event, Asked):
+            self._askers[event.rank] = event.frozen
         elif isinstance(event, Resources):
             self._see_memory(event)
 
@@ -88,6 +91,10 @@ class Planner:
         """The plan for `request.step`, and the events to log for it."""
         self._out = []
         return self._answer(rank, request), self._out
+
+    def frozen(self, rank: int) -> str:
+        """Why the split must stay even, as this rank has said it last."""
+        return self._askers.get(rank, "")
 
     def finish(self) -> list[Logged]:
         """Close the last window; the events to log for it."""
@@ -140,7 +147,9 @@ class Planner:
             return refusal
         if self.pacer is not None and self.pacer.apart:
             return Refusal(self.pacer.apart)
-        self._askers[rank] = request.frozen
+        if self._askers.get(rank) != request.frozen:
+            self._askers[rank] = request.frozen
+            self._emit(Asked(rank=rank, step=request.step, frozen=request.frozen))
         stop = state.plans[-1].stop if state.plans else 0
         if request.step >= stop + MAX_AHEAD:
             return Refusal(f"rank {rank} asks for step {request.step} while plans end at {stop}")

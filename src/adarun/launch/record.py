@@ -23,7 +23,7 @@ from adarun.errors import AdarunError
 from adarun.events import SCHEMA_VERSION, Logged, RunEnded, RunStarted
 from adarun.hub import Hub
 from adarun.launch.views import Views
-from adarun.policies import Tuning, keep, load
+from adarun.policies import Tuning, keep, load, read_table, table_path
 from adarun.runlog import RunLog
 from adarun.screen.model import About
 from adarun.summary import summary
@@ -63,6 +63,8 @@ class Recording:
             "settings": tuning.names,
             "policy": tuning.policy,
             "seed": tuning.seed,
+            "epochs": tuning.num_epochs,
+            "learned": read_table(table_path()) if tuning.policy == "qlearning" else None,
             "started": time.time(),
         }
         self._runlog = open_log(runs_dir, name, about)

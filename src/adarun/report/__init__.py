@@ -1,1 +1,1 @@
-"""What other programs get to see of a job."""
+"""How a job or its story is shown: metrics, a text, a page, a trace, tables."""

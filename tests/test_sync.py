@@ -132,7 +132,7 @@ def averaged(replicas: list[Replica], weights: list[float], part: str) -> None:
 def by_one_process(scripts: Path, case: str, drawn: list[list[list[int]]], plans: list[Plan]) -> Replica:
     """Local SGD over the samples that the workers drew, under the plans that they had, with clipping before each step."""
     replicas = [Replica(scripts, case) for _ in RANKS]
-    batches_per_epoch, rounds = len(drawn[0]) // replicas[0].args.epochs, 0
+    batches_per_epoch, stale = len(drawn[0]) // replicas[0].args.epochs, 0
     for step, samples in enumerate(zip(*drawn, strict=True)):
         plan = next(plan for plan in plans if plan.start <= step < plan.stop)
         total = sum(map(len, samples))
@@ -151,13 +151,14 @@ def by_one_process(scripts: Path, case: str, drawn: list[list[list[int]]], plans
             replica.step()
         everything = (step + 1) % batches_per_epoch == 0
         if plan.sync_period > 1 and (everything or (step + 1 - plan.start) % plan.sync_period == 0):
-            rounds += 1
+            stale += 1
             weights = [share / sum(plan.shares) for share in plan.shares]
             averaged(replicas, weights, "parameters")
             # Adam's two moments together, SGD's momentum more often.
-            if everything or rounds % (6 if replicas[0].args.optimizer == "adamw" else 3) == 0:
+            if everything or stale % (6 if replicas[0].args.optimizer == "adamw" else 3) == 0:
                 averaged(replicas, weights, "first")
                 averaged(replicas, weights, "second")
+            stale = 0 if everything else stale
     return replicas[0]
 
 

@@ -22,9 +22,11 @@ ENOUGH = 0.05
 # What is not exact must promise at least so much before it is begun.
 WORTHWHILE = 0.25
 # H grows by no more than this factor a window, so that every stage is measured before the next.
-GROWTH = 4
-# QSR (Gu et al., ICLR 2024): H is proportional to 1/lr^2; at the highest learning rate so far it is at most this.
-PERIOD_AT_PEAK = 8
+GROWTH = 8
+# QSR (Gu et al., ICLR 2024): H is at most this, or (alpha / lr)^2 where that is more. Its alpha was 0.25 to 0.31 of the highest
+# learning rate for SGD, and 2.2 of it for AdamW.
+BASE_PERIOD = 8
+ALPHA = 0.5
 MOST = 1024
 # Replicas further apart than this part of their average's length are averaged more often (Kong et al., ICML 2021, bound it
 # by what a step moves; this bound is coarser, and does not depend on the optimizer).
@@ -331,9 +333,9 @@ class Pacer:
         return wanted, f"{'grown' if wanted > now else 'shrunk'}: {why}"
 
     def _period_by_lr(self) -> int:
-        if not self._lr or not self._peak_lr:
-            return PERIOD_AT_PEAK
-        return power_of_two(min(MOST, PERIOD_AT_PEAK * (self._peak_lr / self._lr) ** 2))
+        if not self._lr:
+            return BASE_PERIOD
+        return power_of_two(max(BASE_PERIOD, (ALPHA * self._peak_lr / self._lr) ** 2))
 
     def _arms(self, pace: Pace) -> Arms | None:
         """The knob that a policy chooses under this pace: compression while gradients are averaged, topology after."""

@@ -65,8 +65,8 @@ class Synchroniser:
         self._looked_at: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._plan: Plan | None = None
         self._step = 0
-        # Steps since the replicas were the same, rounds since a global average, and averages so far.
-        self._drifted = self._gossips = self._rounds = 0
+        # Steps since the replicas were the same, rounds since a global average, rounds so far, and averages since the moments'.
+        self._drifted = self._gossips = self._rounds = self._stale = 0
         self._ever_local = False
         # Whether the script was found to evaluate or to save on one rank alone.
         self._alone = False
@@ -209,7 +209,7 @@ class Synchroniser:
         if plan is not self._plan:
             if self._plan is not None and local(self._plan) and not local(plan):
                 # From here on the same gradients meet the same moments everywhere.
-                average(self._moments(everything=True), self._weight(self._plan))
+                self._average_moments(everything=True)
             if self._compress:
                 self._register_dispatchers()
             for dispatcher in self._dispatchers.values():
@@ -299,7 +299,7 @@ class Synchroniser:
             spread = average(tensors, self._weight(plan))
             if self._outer is not None:
                 self._outer.step(self._parameters())
-            average(self._moments(everything=loop_ends), self._weight(plan))
+            self._average_moments(everything=loop_ends)
         self._tell(spread, time.perf_counter() - began, same=self._gossips == 0)
         self._drifted = 0
 
@@ -336,18 +336,26 @@ class Synchroniser:
     def _living(self) -> list[Optimizer]:
         return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
-    def _moments(self, *, everything: bool) -> list[torch.Tensor]:
-        """The parts of the optimizers' state that are due to be averaged, in the same order on all ranks."""
-        due = []
+    def _average_moments(self, *, everything: bool) -> None:
+        """Average what the optimizers remember, if it is due: in half the bytes, which is exact enough for what is divided."""
+        plan = self._plan
+        assert plan is not None
+        self._stale += 1
+        moments = []
         for parameter in self._parameters():
             for optimizer in self._living():
                 state = optimizer.state.get(parameter, {})
                 pairs = any(part in name for name in state for part in SECOND_MOMENTS)
-                if everything or self._rounds % (MOMENTS_PERIOD if pairs else MOMENTUM_PERIOD) == 0:
+                if everything or self._stale % (MOMENTS_PERIOD if pairs else MOMENTUM_PERIOD) == 0:
                     # The count of steps is the same on all ranks.
-                    moments = [value for name, value in sorted(state.items()) if name != "step"]
-                    due += [value for value in moments if isinstance(value, torch.Tensor) and value.is_floating_point()]
-        return due
+                    values = [value for name, value in sorted(state.items()) if name != "step"]
+                    moments += [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        if everything:
+            self._stale = 0
+        sent = [moment.bfloat16() if moment.dtype is torch.float32 else moment for moment in moments]
+        average(sent, self._weight(plan))
+        for moment, value in zip(moments, sent, strict=True):
+            moment.copy_(value)
 
     # --- compression and reports -------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from adarun.state import State, close_window, fold
 MAX_AHEAD = 100_000
 FACTS_KEPT = 256
 # The first plan synchronises in every step whatever is allowed; on a slow network that takes long.
-FIRST_PACED_STEPS = 10
+FIRST_PACED_STEPS = 12
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from adarun.errors import NotExact
 from adarun.events import Averaged, Learned, Notice, Plan
-from adarun.worker.averaging import Neighbours, Spread, average, mix, one_peer, ring
+from adarun.worker.averaging import Neighbours, Spread, average, average_moves, mix, one_peer, ring
 from adarun.worker.client import Client
 from adarun.worker.compression import Dispatcher
 from adarun.worker.training import patch
@@ -75,6 +75,8 @@ class Synchroniser:
         # Of the backward passes since the last report.
         self._losses: list[torch.Tensor] = []
         self._outer: Outer | None = None
+        # By the parameter's identity: what it was when the replicas were the same.
+        self._anchors: dict[int, torch.Tensor] = {}
         # torch's own, since a script's call is looked at.
         self._register = DistributedDataParallel.register_comm_hook
 
@@ -98,6 +100,7 @@ class Synchroniser:
                 return original(model, *args, **kwargs)
             if model.training and model not in self._trained and torch.is_grad_enabled():
                 self._trained.append(model)
+                self._anchor(parameters_of(model))
                 if self._outer is not None:
                     self._outer.anchor(parameters_of(model))
             if not local(self._plan):
@@ -219,7 +222,9 @@ class Synchroniser:
             if self._outer is None and plan.outer == "nesterov":
                 self._outer = Outer()
                 self._outer.anchor(self._parameters())
-            self._plan = plan
+            self._plan, before = plan, self._plan
+            if before is None or not before.same_pace(plan):
+                self._anchor(self._parameters())
         self._step = step
         self._drifted += local(plan)
         self._ever_local = self._ever_local or local(plan)
@@ -243,7 +248,7 @@ class Synchroniser:
     def begin_loop(self) -> None:
         """A loop over a loader begins; the one before may have been left by a `break`."""
         self.finish()
-        self._trained = []
+        self._trained, self._anchors = [], {}
 
     def finish(self) -> None:
         """The loop over the loader is over: all replicas become the same, and so do the moments of their optimizers."""
@@ -296,12 +301,26 @@ class Synchroniser:
             spread = mix(tensors, self._neighbours(plan))
         else:
             self._gossips = 0
-            spread = average(tensors, self._weight(plan))
+            parameters, weight = self._parameters(), self._weight(plan)
+            if self._anchors:
+                spread = average_moves(parameters, [self._anchors[id(p)] for p in parameters], weight)
+                average(self._buffers(), weight)
+            else:
+                spread = average(tensors, weight)
             if self._outer is not None:
-                self._outer.step(self._parameters())
+                self._outer.step(parameters)
+                self._anchor(parameters)
             self._average_moments(everything=loop_ends)
         self._tell(spread, time.perf_counter() - began, same=self._gossips == 0)
         self._drifted = 0
+
+    def _anchor(self, parameters: Sequence[torch.Tensor]) -> None:
+        """All replicas hold these: from here the ways to the next average are counted. A gossip sends whole parameters."""
+        if self._plan is None or not local(self._plan) or self._plan.topology != "allreduce":
+            self._anchors = {}
+            return
+        for parameter in parameters:
+            self._anchors[id(parameter)] = parameter.detach().clone()
 
     def _weight(self, plan: Plan) -> float:
         """What this replica counts in an average: as the samples behind it, but for gossip, which mixes evenly."""

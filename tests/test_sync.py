@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from adarun.events import Averaged, Notice, Paced, Plan, RunEnded, WorkersStarted
-from adarun.worker.sync import OUTER_LR, OUTER_MOMENTUM, Outer
+from adarun.worker.sync import OUTER_LR, OUTER_MOMENTUM, Outer, rare_row_factor
 from conftest import Job
 
 RANKS = (0, 1)
@@ -287,6 +287,28 @@ def test_a_loss_that_is_no_number_any_more_ends_local_steps(jobs: Callable[[str]
     job, _ = jobs("diverges")
     assert all(event.distance is None or event.distance >= 0.0 for event in job.events(Averaged))
     assert all("nan" not in str(event.loss) for event in job.events(Paced))
+
+
+def test_rare_rows_of_an_embedding_move_as_far_as_under_ddp() -> None:
+    """A row that hardly anyone meets moves n times the mean of n workers' ways, one that all always meet moves the mean."""
+    visits = torch.tensor([0.0, 1e-4, 0.5, 2.0, 4.0, 5.0])
+    expected = torch.tensor([1.0, 4.0, (1 - 0.875**4) / 0.125, (1 - 0.5**4) / 0.5, 1.0, 1.0])
+    assert torch.allclose(rare_row_factor(visits, 4), expected, rtol=1e-3)
+
+
+def test_an_embedding_is_trained_by_all(jobs: Callable[[str], tuple[Job, list[Any]]]) -> None:
+    """Under Adam and local steps each worker's rows end the same on both."""
+    job, (one, other) = jobs("embedding")
+    assert {plan.sync_period for plan in job.events(Plan)} == {1, 8}
+    assert one == other
+
+
+def test_a_model_with_unused_parameters_is_refused(jobs: Callable[[str], tuple[Job, list[Any]]]) -> None:
+    """With find_unused_parameters, where workers' optimizers may hold other states, all steps are synchronised."""
+    job, (one, other) = jobs("unused")
+    assert {plan.sync_period for plan in job.events(Plan)} == {1}
+    assert one == other
+    assert "with find_unused_parameters each worker may train other parameters" in job.said
 
 
 def test_averaging_is_right_for_all_kinds_of_tensors(start: Callable[..., Job], scripts: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from adarun.worker.averaging import CHUNK, SMALL, average, exchange, mix, one_peer, ring
+from adarun.worker.averaging import CHUNK, SMALL, average, average_moves, exchange, mix, one_peer, ring
 
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -52,6 +52,25 @@ assert abs(spread.distance() / moved - 1) < 1e-3, (spread.distance(), moved)
 assert abs(spread.norm() / length - 1) < 1e-3
 sums: list = [None] * world
 dist.all_gather_object(sums, spread.checksum())
+assert len(set(sums)) == 1, sums
+
+# --- moves from where all began: to 1 in 256 of themselves in float32, exact in float64, the same bits everywhere ---
+began = tensors(99)
+anchors = [value.detach().clone() for value in began]
+with torch.no_grad():
+    for value, other in zip(began, tensors(rank)):
+        value.add_(0.01 * other)
+ways = [
+    0.01 * sum(w * v.detach().double() for w, v in zip(weights, values)) for values in zip(*map(tensors, range(world)))
+]
+moves = average_moves(began, anchors, weights[rank])
+for value, anchor, start, way in zip(began, anchors, tensors(99), ways):
+    assert torch.equal(value, anchor)
+    if value.numel() and value.dtype is not torch.bfloat16:
+        error = (value.detach().double() - start.detach().double() - way).abs().max()
+        limit = 1e-12 if value.dtype is torch.float64 else 2e-2 * float(way.abs().max())
+        assert float(error) <= limit, (value.shape, float(error), limit)
+dist.all_gather_object(sums, moves.checksum())
 assert len(set(sums)) == 1, sums
 
 # --- an average that silently does nothing leaves a replica that differs in one bit with another checksum ---

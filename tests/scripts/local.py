@@ -31,15 +31,16 @@ def main(folder: Path, case: str) -> None:
     loader = DataLoader(data, batch_size=6, sampler=DistributedSampler(data))
     network = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.BatchNorm1d(16) if case == "buffers" else nn.Identity())
     network.append(nn.Linear(16, 1))
-    if case == "fsdp":
-        from torch.distributed.fsdp import fully_shard
-
-        model = fully_shard(network)
-    else:
-        model = DistributedDataParallel(network)
+    if case == "embedding":
+        data = TensorDataset(torch.arange(240).remainder(30), x.sum(1, keepdim=True).sin())
+        loader = DataLoader(data, batch_size=6, sampler=DistributedSampler(data))
+        network = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 1))
+    model = DistributedDataParallel(network, find_unused_parameters=case == "unused")
     if case == "hook":
         model.register_comm_hook(None, average_hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if case == "embedding":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu") if case == "scaler" else None
     seen: list[float] = []
     for _ in range(3):
@@ -75,8 +76,7 @@ def main(folder: Path, case: str) -> None:
                 seen.append(float(model(x[:50]).double().sum()))
     if case == "buffers":
         seen.append(float(network[2].running_var.double().sum()))
-    if case != "fsdp":
-        seen.append(sum(float(value.double().sum()) for value in network.parameters()))
+    seen.append(sum(float(value.double().sum()) for value in network.parameters()))
     (folder / str(rank)).write_text(json.dumps(seen))
     dist.barrier()
     dist.destroy_process_group()

@@ -77,6 +77,9 @@ class Synchroniser:
         self._outer: Outer | None = None
         # By the parameter's identity: what it was when the replicas were the same.
         self._anchors: dict[int, torch.Tensor] = {}
+        # Of embeddings: in how many steps since then each row was used.
+        self._embeddings: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._visits: dict[int, torch.Tensor] = {}
         # torch's own, since a script's call is looked at.
         self._register = DistributedDataParallel.register_comm_hook
 
@@ -174,6 +177,12 @@ class Synchroniser:
         self._models.add(model)
         model.module.register_forward_pre_hook(self._before_forward)
         model.module.register_state_dict_pre_hook(self._before_state_dict)
+        for module in model.module.modules():
+            if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
+                module.register_forward_pre_hook(self._before_embedding)
+                self._embeddings.add(module)
+        if model.find_unused_parameters:
+            self.refuse("unused", "with find_unused_parameters each worker may train other parameters")
 
     def refuse(self, key: str, why: str) -> None:
         """The workers of this job must synchronise in every step.
@@ -248,7 +257,7 @@ class Synchroniser:
     def begin_loop(self) -> None:
         """A loop over a loader begins; the one before may have been left by a `break`."""
         self.finish()
-        self._trained, self._anchors = [], {}
+        self._trained, self._anchors, self._visits = [], {}, {}
 
     def finish(self) -> None:
         """The loop over the loader is over: all replicas become the same, and so do the moments of their optimizers."""
@@ -260,6 +269,14 @@ class Synchroniser:
     def _before_forward(self, module: torch.nn.Module, _arguments: Any) -> None:
         if self._drifted and not (module.training and torch.is_grad_enabled()):
             self._meet("an evaluation")
+
+    def _before_embedding(self, module: torch.nn.Module, arguments: Any) -> None:
+        """Count in how many steps each row is used; without a look at the indices, which would have a GPU waited for."""
+        visits = self._visits.get(id(module.weight))
+        if visits is not None and arguments and torch.is_grad_enabled() and module.training:
+            used = torch.zeros_like(visits, dtype=torch.bool)
+            used[arguments[0].reshape(-1)] = True
+            visits += used
 
     def _before_state_dict(self, _module: torch.nn.Module, _prefix: str, _keep_vars: bool) -> None:
         if self._drifted:
@@ -303,6 +320,7 @@ class Synchroniser:
             self._gossips = 0
             parameters, weight = self._parameters(), self._weight(plan)
             if self._anchors:
+                self._amplify_rare_rows(parameters)
                 spread = average_moves(parameters, [self._anchors[id(p)] for p in parameters], weight)
                 average(self._buffers(), weight)
             else:
@@ -314,13 +332,36 @@ class Synchroniser:
         self._tell(spread, time.perf_counter() - began, same=self._gossips == 0)
         self._drifted = 0
 
+    @torch.no_grad()
+    def _amplify_rare_rows(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Make an embedding's rows move as far as they would if all workers stepped together.
+
+        Only where the optimizer divides by a second moment: then the size of a gradient, halved or not, does not matter.
+        """
+        for parameter in parameters:
+            visits = self._visits.get(id(parameter))
+            if visits is None or not self._divides(parameter):
+                continue
+            torch.distributed.all_reduce(visits)
+            factor = rare_row_factor(visits / max(1, self._drifted), self._world_size)
+            anchor = self._anchors[id(parameter)]
+            parameter.sub_(anchor).mul_(factor.to(parameter.dtype).unsqueeze(1)).add_(anchor)
+            visits.zero_()
+
+    def _divides(self, parameter: torch.Tensor) -> bool:
+        """Whether its optimizer divides by a second moment."""
+        return any(divided(optimizer.state.get(parameter, {})) for optimizer in self._living())
+
     def _anchor(self, parameters: Sequence[torch.Tensor]) -> None:
         """All replicas hold these: from here the ways to the next average are counted. A gossip sends whole parameters."""
         if self._plan is None or not local(self._plan) or self._plan.topology != "allreduce":
-            self._anchors = {}
+            self._anchors, self._visits = {}, {}
             return
+        embeddings = {id(module.weight) for module in self._embeddings}
         for parameter in parameters:
             self._anchors[id(parameter)] = parameter.detach().clone()
+            if id(parameter) in embeddings:
+                self._visits[id(parameter)] = torch.zeros(len(parameter), device=parameter.device)
 
     def _weight(self, plan: Plan) -> float:
         """What this replica counts in an average: as the samples behind it, but for gossip, which mixes evenly."""
@@ -364,8 +405,7 @@ class Synchroniser:
         for parameter in self._parameters():
             for optimizer in self._living():
                 state = optimizer.state.get(parameter, {})
-                pairs = any(part in name for name in state for part in SECOND_MOMENTS)
-                if everything or self._stale % (MOMENTS_PERIOD if pairs else MOMENTUM_PERIOD) == 0:
+                if everything or self._stale % (MOMENTS_PERIOD if divided(state) else MOMENTUM_PERIOD) == 0:
                     # The count of steps is the same on all ranks.
                     values = [value for name, value in sorted(state.items()) if name != "step"]
                     moments += [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
@@ -403,6 +443,23 @@ class Synchroniser:
             )
 
         self._client.post(learned)
+
+
+def rare_row_factor(visits: torch.Tensor, world_size: int) -> torch.Tensor:
+    """How many times as far an embedding's rows move under n workers that step together as in the mean of n that do not.
+
+    `visits`, shape (rows,): in which parts of its steps a worker met the row, summed over the workers. An optimizer that divides
+    by a second moment takes a whole step for a row as soon as one worker has met it, and one step for all that meet it at
+    once: with p the mean part, in 1 - (1 - p)^n of the steps, where each alone takes p. From n for rare rows to 1 for those
+    that all meet in every step, or that nobody met.
+    """
+    part = (visits / world_size).clamp(max=1.0)
+    return torch.where(part > 0.0, -torch.expm1(world_size * torch.log1p(-part)) / part, 1.0)
+
+
+def divided(state: dict[str, Any]) -> bool:
+    """Whether an optimizer with this state divides by a second moment."""
+    return any(part in name for name in state for part in SECOND_MOMENTS)
 
 
 def finite(value: float) -> float | None:

@@ -250,6 +250,20 @@ REFUSED = {
     "a negative share": (["--max-share", "-1", __file__], "--max-share -1 is negative"),
     "negative epochs": (["--tune-epochs", "-1", __file__], "--tune-epochs -1 is negative"),
     "tuning on two nodes": (["--tune", "A=1,2", "--nnodes", "2", __file__], "--tune restarts the workers of one node"),
+    "a period that is none": (["--sync-period", "0", __file__], "--sync-period 0 is no number from 1 to 1024"),
+    "a period that shrinks": (["--sync-period", "8:2", __file__], "--sync-period 8:2 is no number from 1 to 1024"),
+    "an outer step over few": (
+        ["--sync-period", "8", "--outer", "nesterov", __file__],
+        "--outer nesterov needs many local steps; give --sync-period 32 or more",
+    ),
+    "local steps unadapted": (
+        ["--compress", "bf16", "--adapt", "off", __file__],
+        "change the training, which --adapt off forbids",
+    ),
+    "a large ring": (
+        ["--topology", "ring", "--nproc-per-node", "9", __file__],
+        "--topology ring is for up to 8 workers and the job has 9",
+    ),
     "a port that is none": (["--metrics-port", "65536", __file__], "--metrics-port 65536 is no port"),
     "a watch of no time": (["status", "--watch", "-1"], "--watch -1 is not between 0.1 and 86400 seconds"),
     "an unknown option of status": (["status", "--nope"], "See adarun status --help"),

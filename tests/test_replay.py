@@ -50,8 +50,8 @@ from adarun.runlog import RunLog, read
 from conftest import Job
 
 DATA = Path(__file__).parent / "data"
-GOLDEN = sorted(path.parent for path in DATA.glob("runs/*/events.jsonl"))
-SPLIT, TUNED = DATA / "runs" / "split", DATA / "runs" / "tuned"
+GOLDEN = sorted(path.parent for path in DATA.glob("logs/*/events.jsonl"))
+SPLIT, TUNED = DATA / "logs" / "split", DATA / "logs" / "tuned"
 TRACES = DATA / "traces"
 ABOUT: dict[str, Any] = {"run": "a-run", "adapt": "on", "window": 0, "shares": [], "max_share": 0}
 

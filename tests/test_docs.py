@@ -37,6 +37,8 @@ FOREIGN_OPTIONS = {
     "--quota",
     "--pairs",
     "--width",
+    "--part",
+    "--extra-epochs",
 }
 
 

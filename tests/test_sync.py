@@ -36,6 +36,8 @@ TRAININGS = {
     "outer": (("--sync-period", 32, "--outer", "nesterov", "--window", 32), "--clip"),
 }
 SCRIPTS = [
+    "embedding",
+    "unused",
     "evaluates",
     "evaluates alone",
     "saves",

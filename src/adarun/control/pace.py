@@ -33,11 +33,10 @@ MOST = 1024
 MOST_DISTANCE = 0.05
 # DiLoCo's outer step needs many inner ones.
 OUTER_PERIOD = 32
-# Bytes that are sent, relative to float32 gradients.
-SENT = {"none": 1.0, "bf16": 0.5, "powersgd": 0.25}
-# A gossip sends all once; an all-reduce nearly twice, and waits for everybody.
+# Bytes that are sent: under a compression relative to float32 gradients, under a topology to an all-reduce. That sends all nearly
+# twice, and waits for everybody, where a gossip sends all once.
+SENT = {"none": 1.0, "bf16": 0.5, "powersgd": 0.25, "allreduce": 1.0, "gossip": 0.5}
 GOSSIP_WORKERS = 4
-GOSSIP_SENT = 0.5
 # The loss: worse than its forecast by this part or so many standard errors, so many windows in a row.
 LOSS_PART = 0.02
 LOSS_ERRORS = 3.0
@@ -354,15 +353,10 @@ class Pacer:
         samples: float,
         reason: str,
     ) -> str:
-        if arms is self._compressions:
-            if situation.overhead < ENOUGH:
-                return f"kept: synchronisation takes {situation.overhead:.0%} of a step"
-            sent = SENT
-        else:
-            sent = {"allreduce": 1.0, "gossip": GOSSIP_SENT, "ring": 2 * GOSSIP_SENT}
-        now = self._value(self.pace)
-        whole, period = once / sent[now], self.pace.sync_period
-        predicted = [global_batch / (compute + whole * sent[value] / period) for value in arms.values]
+        if arms is self._compressions and situation.overhead < ENOUGH:
+            return f"kept: synchronisation takes {situation.overhead:.0%} of a step"
+        whole, period = once / SENT[self._value(self.pace)], self.pace.sync_period
+        predicted = [global_batch / (compute + whole * SENT[value] / period) for value in arms.values]
         value, why = arms.choose(situation, predicted, samples)
         if arms is self._compressions:
             self.pace = replace(self.pace, compression=value)

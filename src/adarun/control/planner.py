@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -109,28 +109,23 @@ class Planner:
 
     def why_even(self) -> str:
         """Why the split has to stay even, or an empty string."""
-        state = self.state
         if self._settings.adapt != "on":
             return f"--adapt {self._settings.adapt}"
-        if state.num_nodes > 1:
-            return "the job spans several nodes, which this version only measures"
-        for notice in state.notices.values():
-            if notice.freezes:
-                return notice.text
-        return self._why_not_all() or next((reason for reason in self._askers.values() if reason), "")
+        return self._obstacle(lambda notice: notice.freezes) or next(
+            (reason for reason in self._askers.values() if reason), ""
+        )
 
     def why_exact(self) -> str:
         """Why the workers have to synchronise in every step, as DDP does, or an empty string."""
+        return self._obstacle(lambda notice: notice.synchronises)
+
+    def _obstacle(self, forbids: Callable[[Notice], bool]) -> str:
+        """What keeps the workers from doing anything else than under torchrun, for all knobs or as a notice says."""
         state = self.state
         if state.num_nodes > 1:
             return "the job spans several nodes, which this version only measures"
-        for notice in state.notices.values():
-            if notice.synchronises:
-                return notice.text
-        return self._why_not_all()
-
-    def _why_not_all(self) -> str:
-        state = self.state
+        if said := next((notice.text for notice in state.notices.values() if forbids(notice)), ""):
+            return said
         if missing := sorted(set(range(state.world_size)) - set(self._askers)):
             return f"rank {missing[0]} has not asked for a plan, so it may not follow one"
         return ""

@@ -11,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +36,12 @@ class Spread:
     norms: list[Tensor]
     sums: list[Tensor]
 
+    def add(self, became: Tensor, difference: Tensor) -> None:
+        """Take in a chunk, and how far it was from what it became."""
+        self.squares.append(difference.norm())
+        self.norms.append(became.norm())
+        self.sums.append(became.view(INTEGERS[became.element_size()]).sum(dtype=torch.int64))
+
     def distance(self) -> float:
         """Euclidean distance of this replica from what it became."""
         return math.sqrt(sum(float(norm) ** 2 for norm in self.squares))
@@ -53,7 +58,7 @@ class Spread:
         return total
 
 
-def average(tensors: Sequence[Tensor], weight: float, group: Any = None) -> Spread:
+def average(tensors: Sequence[Tensor], weight: float) -> Spread:
     """Replace `tensors` by the sum over all ranks of their values times each rank's `weight`; the weights sum to 1.
 
     Every rank must give tensors of the same shapes, types and order. One all-reduce moves each value; none is copied more
@@ -61,61 +66,49 @@ def average(tensors: Sequence[Tensor], weight: float, group: Any = None) -> Spre
     """
 
     def reduce(chunk: Tensor) -> Callable[[], None]:
-        work = dist.all_reduce(chunk.mul_(weight), group=group, async_op=True)
+        work = dist.all_reduce(chunk.mul_(weight), async_op=True)
         return lambda: work.wait() and None
 
     return exchange(tensors, reduce)
 
 
-def average_moves(tensors: Sequence[Tensor], anchors: Sequence[Tensor], weight: float, group: Any = None) -> Spread:
+def average_moves(tensors: Sequence[Tensor], anchors: Sequence[Tensor], weight: float) -> Spread:
     """Move `anchors`, which all ranks share, by the weighted mean of the ranks' ways from there, and `tensors` with them.
 
     A way in float32 is sent as bfloat16: half the bytes, and wrong by 1 in 256 of itself, not of the parameter. All ranks end
     with the same bits, since they add the same to the same. `anchors` lie in memory as `tensors` do.
     """
     spread = Spread([], [], [])
-    under_way: deque[Callable[[], None]] = deque()
-    for chunk, start in zip(chunks(tensors), chunks(anchors), strict=True):
-        under_way.append(_moved(chunk, start, weight, group, spread))
-        if len(under_way) >= IN_FLIGHT:
-            under_way.popleft()()
-    while under_way:
-        under_way.popleft()()
+    pairs = zip(chunks(tensors), chunks(anchors), strict=True)
+    run(_moved(chunk, start, weight, spread) for chunk, start in pairs)
     return spread
 
 
-def _moved(chunk: list[Tensor], start: list[Tensor], weight: float, group: Any, spread: Spread) -> Callable[[], None]:
-    anchor = start[0] if len(start) == 1 else torch.cat(start)
-    way = (chunk[0] if len(chunk) == 1 else torch.cat(chunk)) - anchor
+def _moved(chunk: list[Tensor], start: list[Tensor], weight: float, spread: Spread) -> Callable[[], None]:
+    anchor = packed(start)
+    way = packed(chunk) - anchor
     sent = torch.empty_like(way, dtype=torch.bfloat16 if way.dtype is torch.float32 else way.dtype)
-    work = dist.all_reduce(torch.mul(way, weight, out=sent), group=group, async_op=True)
+    work = dist.all_reduce(torch.mul(way, weight, out=sent), async_op=True)
 
     def finish() -> None:
         work.wait()
-        anchor.add_(sent)
-        spread.squares.append(way.sub_(sent).norm())
-        spread.norms.append(anchor.norm())
-        spread.sums.append(anchor.view(INTEGERS[anchor.element_size()]).sum(dtype=torch.int64))
-        parts = torch.split(anchor, [part.numel() for part in chunk])
-        for part, old, values in zip(chunk, start, parts, strict=True):
-            part.copy_(values)
-            if len(chunk) > 1:
-                old.copy_(values)
+        spread.add(anchor.add_(sent), way.sub_(sent))
+        unpack(anchor, start)
+        unpack(anchor, chunk)
 
     return finish
 
 
-def mix(tensors: Sequence[Tensor], neighbours: Neighbours, group: Any = None) -> Spread:
+def mix(tensors: Sequence[Tensor], neighbours: Neighbours) -> Spread:
     """Replace `tensors` by the mean of this rank's and those that `neighbours` send it."""
     count = len(neighbours.receive) + 1
 
     def swap(chunk: Tensor) -> Callable[[], None]:
         received = [torch.empty_like(chunk) for _ in neighbours.receive]
         sent = chunk.clone()
-        operations = [dist.P2POp(dist.isend, sent, peer, group) for peer in neighbours.send]
+        operations = [dist.P2POp(dist.isend, sent, peer) for peer in neighbours.send]
         operations += [
-            dist.P2POp(dist.irecv, buffer, peer, group)
-            for buffer, peer in zip(received, neighbours.receive, strict=True)
+            dist.P2POp(dist.irecv, buffer, peer) for buffer, peer in zip(received, neighbours.receive, strict=True)
         ]
         works = dist.batch_isend_irecv(operations)
 
@@ -155,34 +148,47 @@ def ring(rank: int, world_size: int) -> Neighbours:
 
 
 def exchange(tensors: Sequence[Tensor], start: Exchange) -> Spread:
-    """Run all tensors through an exchange, a few messages at a time."""
+    """Run all tensors through an exchange."""
     spread = Spread([], [], [])
-    under_way: deque[Callable[[], None]] = deque()
-    for chunk in chunks(tensors):
-        under_way.append(_exchanged(chunk, start, spread))
-        if len(under_way) >= IN_FLIGHT:
-            under_way.popleft()()
-    while under_way:
-        under_way.popleft()()
+    run(_exchanged(chunk, start, spread) for chunk in chunks(tensors))
     return spread
 
 
 def _exchanged(chunk: list[Tensor], start: Exchange, spread: Spread) -> Callable[[], None]:
-    packed = chunk[0] if len(chunk) == 1 else torch.cat(chunk)
-    before = packed.clone()
-    wait = start(packed)
+    whole = packed(chunk)
+    before = whole.clone()
+    wait = start(whole)
 
     def finish() -> None:
         wait()
-        if len(chunk) > 1:
-            parts = torch.split(packed, [part.numel() for part in chunk])
-            for part, values in zip(chunk, parts, strict=True):
-                part.copy_(values)
-        spread.sums.append(packed.view(INTEGERS[packed.element_size()]).sum(dtype=torch.int64))
-        spread.norms.append(packed.norm())
-        spread.squares.append(before.sub_(packed).norm())
+        unpack(whole, chunk)
+        spread.add(whole, before.sub_(whole))
 
     return finish
+
+
+def run(started: Iterable[Callable[[], None]]) -> None:
+    """Have a few messages under way at a time: each item is one that has just been started, and waits for its end."""
+    under_way: deque[Callable[[], None]] = deque()
+    for finish in started:
+        under_way.append(finish)
+        if len(under_way) >= IN_FLIGHT:
+            under_way.popleft()()
+    while under_way:
+        under_way.popleft()()
+
+
+def packed(chunk: list[Tensor]) -> Tensor:
+    """A chunk as one tensor: its only part itself, or a copy of them all."""
+    return chunk[0] if len(chunk) == 1 else torch.cat(chunk)
+
+
+def unpack(whole: Tensor, chunk: list[Tensor]) -> None:
+    """Write the values of one tensor to a chunk's parts, unless it is the only part itself."""
+    if chunk[0] is whole:
+        return
+    for part, values in zip(chunk, torch.split(whole, [part.numel() for part in chunk]), strict=True):
+        part.copy_(values)
 
 
 def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

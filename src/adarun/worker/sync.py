@@ -70,8 +70,10 @@ class Synchroniser:
         self._ever_local = False
         # Whether the script was found to evaluate or to save on one rank alone.
         self._alone = False
+        # Whether this is the process it was made in, and no forked child.
         self._mine: Callable[[], bool] = lambda: True
-        self._refused: set[str] = set()
+        # Keys of the notices that were given.
+        self._said: set[str] = set()
         # Of the backward passes since the last report.
         self._losses: list[torch.Tensor] = []
         self._outer: Outer | None = None
@@ -88,18 +90,18 @@ class Synchroniser:
     def install(self, mine: Callable[[], bool]) -> None:
         """Patch torch in this process; `mine` is false in a forked child, where nothing must happen."""
         self._mine = mine
-        self._patch_forward(mine)
-        self._patch_scaler(mine)
+        self._patch_forward()
+        self._patch_scaler()
         if self._compress:
-            self._patch_hooks(mine)
+            self._patch_hooks()
         register_optimizer_step_post_hook(lambda optimizer, *_: self._on_optimizer(optimizer) if mine() else None)
 
-    def _patch_forward(self, mine: Callable[[], bool]) -> None:
+    def _patch_forward(self) -> None:
         original: Any = DistributedDataParallel.forward
 
         @functools.wraps(original)
         def forward(model: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
-            if self._plan is None or not mine():
+            if self._plan is None or not self._mine():
                 return original(model, *args, **kwargs)
             if model.training and model not in self._trained and torch.is_grad_enabled():
                 self._trained.append(model)
@@ -117,13 +119,13 @@ class Synchroniser:
 
         patch(DistributedDataParallel, "forward", forward)
 
-    def _patch_scaler(self, mine: Callable[[], bool]) -> None:
+    def _patch_scaler(self) -> None:
         original = torch.amp.GradScaler.__init__
 
         @functools.wraps(original)
         def __init__(scaler: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
             original(scaler, *args, **kwargs)
-            if mine() and scaler.is_enabled():
+            if self._mine() and scaler.is_enabled():
                 self.refuse(
                     "grad_scaler",
                     "a GradScaler would take another scale on each worker; use bfloat16, which needs none",
@@ -131,24 +133,24 @@ class Synchroniser:
 
         patch(torch.amp.GradScaler, "__init__", __init__)
 
-    def _patch_hooks(self, mine: Callable[[], bool]) -> None:
+    def _patch_hooks(self) -> None:
         original, builtin = self._register, DistributedDataParallel._register_builtin_comm_hook
 
         @functools.wraps(original)
         def register_comm_hook(model: DistributedDataParallel, state: object, hook: Any) -> None:
-            dispatcher = self._dispatchers.get(model)
-            if not mine() or dispatcher is None or dispatcher.of_script is not None:
-                if mine():
-                    self._meet_own_hook(model)
+            dispatcher = None
+            if self._mine():
+                self._meet_own_hook(model)
+                dispatcher = self._dispatchers.get(model)
+            if dispatcher is None or dispatcher.of_script is not None:
                 return original(model, state, hook)
             # A model takes one hook, and has ours: it hands over.
-            self._meet_own_hook(model)
             dispatcher.of_script = (state, hook)
             return None
 
         @functools.wraps(builtin)
         def register_builtin(model: DistributedDataParallel, hook: Any) -> None:
-            if mine():
+            if self._mine():
                 self._meet_own_hook(model)
             builtin(model, hook)  # type: ignore[no-untyped-call]
 
@@ -190,20 +192,14 @@ class Synchroniser:
         Raises:
             NotExact: they have not, so far.
         """
-        if key not in self._refused:
-            self._refused.add(key)
-            if self._ever_local:
-                raise NotExact(f"{why}, so the sync period must be 1; start the job without --sync-period")
-            self._client.post(
-                Notice(
-                    key=key, text=f"{why}, so the workers synchronise in every step", rank=self._rank, synchronises=True
-                )
-            )
+        if key not in self._said and self._ever_local:
+            raise NotExact(f"{why}, so the sync period must be 1; start the job without --sync-period")
+        self._notice(key, f"{why}, so the workers synchronise in every step", synchronises=True)
 
-    def _notice(self, key: str, text: str) -> None:
-        if key not in self._refused:
-            self._refused.add(key)
-            self._client.post(Notice(key=key, text=text, rank=self._rank))
+    def _notice(self, key: str, text: str, *, synchronises: bool = False) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            self._client.post(Notice(key=key, text=text, rank=self._rank, synchronises=synchronises))
 
     def weight(self, plan: Plan, share: float, *, mean: bool) -> float:
         """What to seed the backward pass with, where this rank has `share` times the even share of the batch.
@@ -311,20 +307,20 @@ class Synchroniser:
         plan = self._plan
         assert plan is not None
         began = time.perf_counter()
-        tensors = [*self._parameters(), *self._buffers()]
+        parameters, buffers, weight = self._parameters(), self._buffers(), self._weight(plan)
         self._rounds += 1
         if plan.topology != "allreduce" and not wholly and self._gossips + 1 < GOSSIP_PERIOD:
             self._gossips += 1
-            spread = mix(tensors, self._neighbours(plan))
+            spread = mix([*parameters, *buffers], self._neighbours(plan))
         else:
             self._gossips = 0
-            parameters, weight = self._parameters(), self._weight(plan)
             if self._anchors:
                 self._amplify_rare_rows(parameters)
                 spread = average_moves(parameters, [self._anchors[id(p)] for p in parameters], weight)
-                average(self._buffers(), weight)
+                # Replicas whose buffers differ are not the same either.
+                spread.sums += average(buffers, weight).sums
             else:
-                spread = average(tensors, weight)
+                spread = average([*parameters, *buffers], weight)
             if self._outer is not None:
                 self._outer.step(parameters)
                 self._anchor(parameters)

@@ -133,6 +133,11 @@ def first_sentence(text: str) -> str:
     return " ".join(inspect.cleandoc(text).split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
+def see_also(pages: list[str], own: str) -> str:
+    """The other pages."""
+    return ", ".join(f"{bold(name)}(1)" for name in pages if name != own)
+
+
 def pages() -> dict[str, str]:
     """Every page by its file name."""
     group: Any = typer.main.get_command(app)
@@ -140,48 +145,43 @@ def pages() -> dict[str, str]:
     # typer's parameters do not keep the types and defaults of the functions, which are the same in every version of it.
     callbacks: dict[str | None, Any] = {command.name: command.callback for command in app.registered_commands}
     overall: Any = app.registered_callback
-    run, replay = commands["run"], commands["replay"]
-    synopsis = f"{bold('adarun')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]"
+    names = ["adarun", *(f"adarun-{name}" for name in commands)]
+    start = f"{bold('adarun')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]"
+    started = f"{start}\n.br\n{bold('adarun run')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]"
     overview = {
-        "SYNOPSIS": synopsis,
+        "SYNOPSIS": start,
         "DESCRIPTION": paragraphs(DESCRIPTION),
         "COMMANDS": entries([(bold(name), first_sentence(command.help) + ".") for name, command in commands.items()]),
         "OPTIONS": "\n".join(entries(options) for options in panels(group, overall.callback).values()),
         "EXIT STATUS": entries(named(EXIT_STATUS)),
         "FILES": entries(named(FILES)),
-        "SEE ALSO": f"{bold('adarun-run')}(1), {bold('adarun-status')}(1), {bold('adarun-replay')}(1)",
+        "SEE ALSO": see_also(names, "adarun"),
     }
-    details = {
-        "SYNOPSIS": f"{synopsis}\n.br\n{bold('adarun run')} [\\fIoptions\\fR] \\fIscript\\fR [\\fIarguments\\fR]",
-        "DESCRIPTION": paragraphs(run.help),
-        **{heading.upper(): entries(options) for heading, options in panels(run, callbacks["run"]).items()},
-        "ENVIRONMENT": entries(environment(run)),
-        "EXIT STATUS": entries(named(EXIT_STATUS)),
-        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-status')}(1), {bold('adarun-replay')}(1)",
-    }
-    status = commands["status"]
-    watching = {
-        "SYNOPSIS": f"{bold('adarun status')} [\\fIoptions\\fR] [\\fIrun\\fR]",
-        "DESCRIPTION": paragraphs(status.help),
-        **{heading.upper(): entries(options) for heading, options in panels(status, callbacks["status"]).items()},
-        "KEYS": entries(named(KEYS)),
-        "ENVIRONMENT": entries([*environment(status), *named(ENVIRONMENT)]),
-        "EXIT STATUS": entries(named(STATUS_EXIT)),
-        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-run')}(1), {bold('adarun-replay')}(1)",
-    }
-    told = {
-        "SYNOPSIS": f"{bold('adarun replay')} [\\fIoptions\\fR] [\\fIrun\\fR]",
-        "DESCRIPTION": paragraphs(replay.help),
-        **{heading.upper(): entries(options) for heading, options in panels(replay, callbacks["replay"]).items()},
-        "ENVIRONMENT": entries(environment(replay)),
-        "EXIT STATUS": entries(named(REPLAY_STATUS)),
-        "SEE ALSO": f"{bold('adarun')}(1), {bold('adarun-run')}(1)",
-    }
+
+    def page_of(
+        name: str,
+        exit_status: list[tuple[str, str]],
+        synopsis: str = "",
+        keys: dict[str, str] | None = None,
+        variables: list[tuple[str, str]] | None = None,
+    ) -> str:
+        command, title = commands[name], f"adarun-{name}"
+        sections = {
+            "SYNOPSIS": synopsis or f"{bold(f'adarun {name}')} [\\fIoptions\\fR] [\\fIrun\\fR]",
+            "DESCRIPTION": paragraphs(command.help),
+            **{heading.upper(): entries(options) for heading, options in panels(command, callbacks[name]).items()},
+            **(keys or {}),
+            "ENVIRONMENT": entries([*environment(command), *named(variables or [])]),
+            "EXIT STATUS": entries(named(exit_status)),
+            "SEE ALSO": see_also(names, title),
+        }
+        return page(title, first_sentence(command.help), sections)
+
     return {
         "adarun.1": page("adarun", "torchrun that adapts to its workers", overview),
-        "adarun-run.1": page("adarun-run", first_sentence(run.help), details),
-        "adarun-status.1": page("adarun-status", first_sentence(status.help), watching),
-        "adarun-replay.1": page("adarun-replay", first_sentence(replay.help), told),
+        "adarun-run.1": page_of("run", EXIT_STATUS, synopsis=started),
+        "adarun-status.1": page_of("status", STATUS_EXIT, keys={"KEYS": entries(named(KEYS))}, variables=ENVIRONMENT),
+        "adarun-replay.1": page_of("replay", REPLAY_STATUS),
     }
 
 

@@ -6,7 +6,6 @@ be running. With --compare give two, with --import the file to import.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from enum import Enum
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adarun.cli.output import console
 from adarun.errors import AdarunError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from adarun.replay.what_if import Estimate, Prediction, Run
 
@@ -205,15 +205,6 @@ def show(*what: RenderableType) -> None:
     output = console()
     for part in what:
         output.print(part)
-
-
-def console() -> Console:
-    """Where reports go."""
-    from rich.console import Console as Rich
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where a terminal has no bars, it shows question marks
-    return Rich(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 def write(path: Path, text: str) -> None:

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
+from adarun.cli.output import console
 from adarun.errors import AdarunError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from adarun.events import Snapshot
     from adarun.registry import Entry
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-PLAIN_WIDTH = 120
 END_SECONDS = 3.0
 HOW_TO_START = "nothing of yours is running here; start a job with adarun train.py, and look again"
 
@@ -69,13 +67,6 @@ def status(
         raise UsageError(f"{len(entries)} runs are meant; name one of {names}")
     else:
         print_jobs(entries)
-
-
-def console() -> Console:
-    """Standard output, as wide as the terminal; wide enough for every column where it is none."""
-    from rich.console import Console  # noqa: PLC0415 - --json does without
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 def show_live(entries: list[Entry], runs_dir: Path) -> None:
